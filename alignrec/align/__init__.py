@@ -1,0 +1,19 @@
+"""Stage 2: content-category and user-item alignment on the graph."""
+
+import dataclasses
+
+from alignrec.stage import Stage
+
+STAGE = Stage(
+    name="align",
+    kind="embeddings",
+    config="alignrec.align.config:AlignConfig",
+    run="alignrec.align.training:run",
+    inputs=("dataset", "features", "graph"),
+    optional_inputs=(),
+)
+
+# The same work with other settings, by default without content features, for comparison.
+ABLATION = dataclasses.replace(
+    STAGE, name="ablation", config="alignrec.align.config:AblationConfig", inherits="align"
+)

@@ -1,0 +1,298 @@
+"""Artifact folders between stages: files plus a ``manifest.json`` that is written last.
+
+A stage writes into ``<output>.partial`` and renames it to ``<output>`` when it is complete. A
+folder without a manifest is therefore unfinished, and a partial folder of the same fingerprint is
+what a killed stage resumes from.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import alignrec
+from alignrec.configuration import digest
+from alignrec.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+WORK = "work"
+_FINGERPRINT = "fingerprint.json"
+_PACKAGES = ("torch", "ray", "deepspeed", "torch-geometric", "numpy", "pyarrow", "webdataset")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What an artifact folder holds and where it came from.
+
+    Attributes:
+        kind: dataset, encoder, features, graph, embeddings, metrics or bundle.
+        fingerprint: digest of everything that decides the content: stage version, the settings
+            that affect the result, and the inputs' identities. Equal fingerprints, equal results.
+        identity: digest of the files' checksums: what a later stage's fingerprint refers to.
+        config: the resolved configuration of the stage.
+        inputs: name of each input -> its path and identity.
+        counts: e.g. num_items, num_users, num_quarantined.
+        files: path in the folder -> size in bytes and SHA-256.
+        facts: other results worth keeping beside the files (plain JSON).
+    """
+
+    kind: str
+    fingerprint: str
+    identity: str
+    config: dict[str, Any]
+    inputs: dict[str, dict[str, str]]
+    counts: dict[str, int]
+    files: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+    producer: dict[str, Any]
+    created: str
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclasses.dataclass
+class Draft:
+    """An artifact being written: put files below ``path``, fill in ``counts`` and ``facts``.
+
+    Files below ``path / "work"`` (checkpoints, logs of a resumable stage) are dropped at the end.
+    """
+
+    path: Path
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Folder for what must survive a kill but not the end of the stage."""
+        folder = self.path / WORK
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def fingerprint(
+    stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> str:
+    """Return the digest that decides whether a finished artifact can be reused.
+
+    Args:
+        stage: name of the stage.
+        version: raised by us whenever the stage's code would compute something else.
+        settings: the settings that affect the result.
+        inputs: name of each input -> its identity.
+    """
+    return digest(
+        {
+            "schema": SCHEMA_VERSION,
+            "stage": stage,
+            "version": version,
+            "settings": settings,
+            "inputs": dict(sorted(inputs.items())),
+        }
+    )
+
+
+def partial_path(output: Path) -> Path:
+    """Return the folder in which the artifact ``output`` is prepared."""
+    return output.with_name(output.name + ".partial")
+
+
+def open_draft(output: Path, *, fingerprint: str) -> Draft:
+    """Return the draft of ``output``, keeping what a killed run of the same fingerprint left.
+
+    A draft of another fingerprint is discarded. Call it on rank 0 only; other ranks use
+    ``Draft(partial_path(output))`` after a barrier.
+    """
+    folder = partial_path(output)
+    mark = folder / _FINGERPRINT
+    if folder.exists():
+        try:
+            left = json.loads(mark.read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            left = None
+        if left != fingerprint:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(mark, {"fingerprint": fingerprint})
+    return Draft(folder)
+
+
+def publish(
+    draft: Draft,
+    output: Path,
+    *,
+    kind: str,
+    fingerprint: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+) -> Manifest:
+    """Write the manifest of a complete draft and move it to ``output`` by rename."""
+    shutil.rmtree(draft.path / WORK, ignore_errors=True)
+    (draft.path / _FINGERPRINT).unlink(missing_ok=True)
+    files = checksums(draft.path)
+    sources = {name: read(path) for name, path in inputs.items()}
+    manifest = Manifest(
+        kind=kind,
+        fingerprint=fingerprint,
+        identity=digest({name: entry["sha256"] for name, entry in files.items()}),
+        config=dict(config),
+        inputs={
+            name: {"path": str(inputs[name]), "identity": source.identity}
+            for name, source in sources.items()
+        },
+        counts=dict(draft.counts),
+        files=files,
+        facts=dict(draft.facts),
+        producer=producer(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    write_json(draft.path / MANIFEST, dataclasses.asdict(manifest))
+    _replace_folder(draft.path, output)
+    return manifest
+
+
+@contextlib.contextmanager
+def writing(
+    output: Path,
+    *,
+    kind: str,
+    fingerprint: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+) -> Iterator[Draft]:
+    """Open a draft of ``output`` and publish it when the block ends without an exception."""
+    draft = open_draft(output, fingerprint=fingerprint)
+    yield draft
+    publish(draft, output, kind=kind, fingerprint=fingerprint, config=config, inputs=inputs)
+
+
+def read(path: Path, kind: str | None = None) -> Manifest:
+    """Read the manifest of a finished artifact.
+
+    Raises:
+        UserError: the folder is absent, unfinished, of another kind or from a newer version.
+    """
+    manifest_path = path / MANIFEST
+    wanted = kind or "artifact"
+    if not manifest_path.is_file():
+        unfinished = path.exists() or partial_path(path).exists()
+        raise UserError(
+            f"{path}: the {wanted} is unfinished (no {MANIFEST}): its stage was stopped before the "
+            f"end. Run that stage again; it resumes."
+            if unfinished
+            else f"{path}: no {wanted} here. Run the stage that writes it first, or correct the path."
+        )
+    try:
+        content = json.loads(manifest_path.read_text())
+        manifest = Manifest(**content)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{manifest_path} is damaged ({error}). Delete {path} and run its stage again."
+        ) from error
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path} was written by a newer alignrec (schema {manifest.schema_version}, this one "
+            f"reads up to {SCHEMA_VERSION}). Upgrade alignrec or write the artifact again."
+        )
+    if kind is not None and manifest.kind != kind:
+        raise UserError(
+            f"{path} is of kind {manifest.kind}, but {kind} is needed here. Correct the path."
+        )
+    return manifest
+
+
+def verify(path: Path) -> Manifest:
+    """Read an artifact's manifest and check every file against its checksum.
+
+    Raises:
+        UserError: a file is missing, added or altered.
+    """
+    manifest = read(path)
+    found = checksums(path)
+    for name in sorted(manifest.files.keys() | found.keys()):
+        if manifest.files.get(name, {}).get("sha256") != found.get(name, {}).get("sha256"):
+            state = "missing" if name not in found else "altered or added"
+            raise UserError(
+                f"{path / name} is {state} since the artifact was written, so results would not "
+                f"be what the manifest says. Delete {path} and run its stage again."
+            )
+    return manifest
+
+
+def checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of every file below ``folder`` but the manifest, by relative path."""
+    result = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name == MANIFEST:
+            continue
+        with path.open("rb") as file:
+            result[name] = {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+    return result
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write JSON so that a reader sees the old file or the whole new one, even after a crash."""
+    spare = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    with spare.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    spare.replace(path)
+
+
+def producer() -> dict[str, Any]:
+    """Return version, commit, Python and package versions of the running program."""
+    return {
+        "alignrec": alignrec.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": _versions(_PACKAGES),
+    }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],  # noqa: S607 - git from the PATH
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target``; what was there moves away first and is then deleted."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

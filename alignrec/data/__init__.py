@@ -1,0 +1,1 @@
+"""The dataset artifact as later stages read it: its schema, its tables, its shards."""

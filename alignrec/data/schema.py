@@ -1,0 +1,83 @@
+"""Schemas and readers of the dataset artifact (data_prep -> every later stage)."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+ITEMS = pa.schema(
+    [
+        pa.field("item_index", pa.int64(), nullable=False),
+        pa.field("item_key", pa.string(), nullable=False),
+        pa.field("title", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("has_image", pa.bool_(), nullable=False),
+        pa.field("has_text", pa.bool_(), nullable=False),
+    ]
+)
+USERS = pa.schema(
+    [
+        pa.field("user_index", pa.int64(), nullable=False),
+        pa.field("user_key", pa.string(), nullable=False),
+    ]
+)
+INTERACTIONS = pa.schema(
+    [
+        pa.field("user_index", pa.int64(), nullable=False),
+        pa.field("item_index", pa.int64(), nullable=False),
+        pa.field("rating", pa.float32()),
+        pa.field("timestamp", pa.int64()),
+    ]
+)
+SAMPLES = pa.schema(
+    [
+        pa.field("item_index", pa.int64(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("image_offset", pa.int64(), nullable=False),
+        pa.field("image_bytes", pa.int64(), nullable=False),
+        pa.field("json_offset", pa.int64(), nullable=False),
+        pa.field("json_bytes", pa.int64(), nullable=False),
+    ]
+)
+QUARANTINE = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+def interactions_path(dataset: Path, split: Split) -> Path:
+    """Return where a split's interactions lie in a dataset artifact."""
+    return dataset / "interactions" / f"{split}.parquet"
+
+
+def read_items(dataset: Path, columns: list[str] | None = None) -> pa.Table:
+    """Return the item table in item_index order."""
+    return pq.read_table(dataset / "items.parquet", columns=columns)
+
+
+def read_users(dataset: Path) -> pa.Table:
+    """Return the user table in user_index order."""
+    return pq.read_table(dataset / "users.parquet")
+
+
+def read_samples(dataset: Path) -> pa.Table:
+    """Return where each sample's bytes lie, in item_index order."""
+    return pq.read_table(dataset / "samples.parquet")
+
+
+def read_interactions(
+    dataset: Path, split: Split
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return (user_index, item_index) of a split, sorted by user and then item."""
+    table = pq.read_table(interactions_path(dataset, split), columns=["user_index", "item_index"])
+    return table["user_index"].to_numpy(), table["item_index"].to_numpy()

@@ -1,0 +1,12 @@
+"""One content feature per item, from the encoder or imported."""
+
+from alignrec.stage import Stage
+
+STAGE = Stage(
+    name="features",
+    kind="features",
+    config="alignrec.features.config:FeaturesConfig",
+    run="alignrec.features.extraction:run",
+    inputs=("dataset",),
+    optional_inputs=("encoder",),
+)

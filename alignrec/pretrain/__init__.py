@@ -1,0 +1,12 @@
+"""Stage 1, inter-content alignment: masked text and patches train the content encoder."""
+
+from alignrec.stage import Stage
+
+STAGE = Stage(
+    name="pretrain",
+    kind="encoder",
+    config="alignrec.pretrain.config:PretrainConfig",
+    run="alignrec.pretrain.training:run",
+    inputs=("dataset",),
+    optional_inputs=(),
+)

@@ -1,0 +1,162 @@
+"""What every stage is: a name, a configuration, input artifacts, one output, a function per rank.
+
+``launch`` runs stages by these descriptions on a Ray cluster; ``python -m alignrec.<stage>`` runs
+one of them in this process, or on several ranks under torchrun.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from alignrec import artifacts, configuration
+from alignrec.errors import StageFailure, UserError
+
+# An input is named by its kind, but for a second artifact of the same kind.
+INPUT_KINDS = {"ablation": "embeddings"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Description of a stage; importing it loads neither torch nor ray.
+
+    Attributes:
+        name: section of the recipe and folder of the artifact in the run directory.
+        kind: kind of the artifact that it writes.
+        config: "module:class" of its configuration dataclass.
+        run: "module:function" of its work, called once per rank with (config, context).
+        inputs: artifacts that it must have, named by kind (see INPUT_KINDS).
+        optional_inputs: artifacts that it uses where the recipe makes them.
+        version: raised whenever the code would compute something else from the same settings.
+        inherits: section whose settings this one starts from (an ablation varies another stage).
+        driver: the work runs in the process that launches it, because it is a driver of Ray itself.
+    """
+
+    name: str
+    kind: str
+    config: str
+    run: str
+    inputs: tuple[str, ...] = ()
+    optional_inputs: tuple[str, ...] = ()
+    version: int = 1
+    inherits: str | None = None
+    driver: bool = False
+
+    def load_config(self, section: Mapping[str, Any] | None) -> Any:  # noqa: ANN401
+        """Build the stage's configuration from its section of a recipe."""
+        return configuration.build(_load(self.config), section, section=self.name)
+
+    def load_run(self) -> Callable[[Any, "Context"], None]:
+        """Import the stage's work (this may load torch, ray and other engines)."""
+        function: Callable[[Any, Context], None] = _load(self.run)
+        return function
+
+    def fingerprint(self, config: Any, inputs: Mapping[str, Path]) -> str:  # noqa: ANN401
+        """Return what a finished artifact must carry to be reused.
+
+        A configuration with ``source_identity() -> str`` adds the state of what it reads from
+        outside of the artifacts, such as a raw catalogue.
+        """
+        identities = {name: artifacts.read(path).identity for name, path in inputs.items()}
+        if isinstance(config, ReadsSources):
+            identities["sources"] = config.source_identity()
+        return artifacts.fingerprint(
+            self.name, self.version, configuration.result_settings(config), identities
+        )
+
+
+@typing.runtime_checkable
+class ReadsSources(Protocol):
+    """A configuration that names data outside of the artifacts."""
+
+    def source_identity(self) -> str:
+        """Return a digest of what is there now (paths, sizes, times or checksums)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where one rank of a stage reads and writes.
+
+    Attributes:
+        inputs: artifact kind -> finished artifact folder.
+        output: folder that the stage writes (through ``artifacts.open_draft`` and ``publish``).
+        fingerprint: what the output will carry.
+        log_dir: folder of JSON lines and TensorBoard files, kept when the stage is run again.
+    """
+
+    inputs: Mapping[str, Path]
+    output: Path
+    fingerprint: str
+    log_dir: Path
+
+
+def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
+    """Run one stage from the command line, on this rank.
+
+    Returns:
+        0 done, 1 the work failed, 2 the user's mistake.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {stage.config.partition(':')[0].rpartition('.')[0]}",
+        description=f"Stage {stage.name}: {', '.join(stage.inputs) or 'raw data'} -> {stage.kind}.",
+    )
+    for kind in (*stage.inputs, *stage.optional_inputs):
+        parser.add_argument(
+            f"--{kind}", type=Path, required=kind in stage.inputs, help=f"folder of the {kind}"
+        )
+    parser.add_argument(
+        "--output", type=Path, required=True, help=f"folder of the new {stage.kind}"
+    )
+    parser.add_argument("--recipe", type=Path, help=f"YAML file; its section {stage.name} is used")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        tree = configuration.load_yaml(options.recipe) if options.recipe else {}
+        tree = configuration.apply_assignments(tree, options.set)
+        inherited = tree.get(stage.inherits) if stage.inherits else None
+        section = {**(inherited or {}), **(tree.get(stage.name) or {})}
+        config = stage.load_config(section)
+        inputs = {
+            kind: getattr(options, kind)
+            for kind in (*stage.inputs, *stage.optional_inputs)
+            if getattr(options, kind) is not None
+        }
+        for name, path in inputs.items():
+            artifacts.read(path, INPUT_KINDS.get(name, name))
+        output = options.output
+        context = Context(
+            inputs=inputs,
+            output=output,
+            fingerprint=stage.fingerprint(config, inputs),
+            log_dir=output.with_name(output.name + ".logs"),
+        )
+        stage.load_run()(config, context)
+
+    return exit_code(work)
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Run ``work`` and turn the two reportable failures into a line on stderr and an exit code."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StageFailure as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _load(target: str) -> Any:  # noqa: ANN401 - a class or a function
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
