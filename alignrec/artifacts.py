@@ -188,7 +188,7 @@ def read(path: Path, kind: str | None = None) -> Manifest:
             f"{path}: the {wanted} is unfinished (no {MANIFEST}): its stage was stopped before the "
             f"end. Run that stage again; it resumes."
             if unfinished
-            else f"{path}: no {wanted} here. Run the stage that writes it first, or correct the path."
+            else f"{path}: no {wanted} here. Run the stage that writes it, or correct the path."
         )
     try:
         content = json.loads(manifest_path.read_text())
@@ -276,7 +276,7 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        result = subprocess.run(
+        result = subprocess.run(  # noqa: S603 - fixed words
             ["git", "-C", str(root), "rev-parse", "HEAD"],  # noqa: S607 - git from the PATH
             capture_output=True,
             text=True,

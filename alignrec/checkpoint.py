@@ -1,7 +1,7 @@
 """Checkpoints of a running stage: tensors as safetensors, the rest as JSON, atomic and verified.
 
-``<folder>/step_000000120/`` holds one ``rank_0000.safetensors`` and ``rank_0000.json`` per rank that
-saved something, and a ``manifest.json`` with their checksums, written last. No pickle anywhere.
+``<folder>/step_000000120/`` holds ``rank_0000.safetensors`` and ``rank_0000.json`` of each rank and
+a ``manifest.json`` with their checksums, written last. No pickle anywhere.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a command reports without a traceback (every stage -> command line)."""
+"""The two kinds of failure that a command reports in one line (every stage -> command line)."""
 
 
 class UserError(ValueError):
@@ -9,7 +9,7 @@ class UserError(ValueError):
     """
 
 
-class StageFailure(RuntimeError):
+class StageFailure(RuntimeError):  # noqa: N818 - it is the stage that failed
     """The work itself failed: a peer died, too much bad input, a watchdog fired.
 
     The command line prints the message alone and exits with 1; the details are in the logs.

@@ -59,7 +59,8 @@ class Telemetry:
         if not self.enabled:
             return
         self._file.close()
-        kept = [row for row in read_history(self.path.parent) if row["step"] <= step and step > 0]
+        rows = read_history(self.path.parent)
+        kept = [row for row in rows if row["step"] <= step and step > 0]
         spare = self.path.with_suffix(".rewinding")
         spare.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         spare.replace(self.path)
@@ -106,7 +107,7 @@ class Telemetry:
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))
         return self._tensorboard
 
     def _set_gauge(self, name: str, value: float) -> None:
@@ -142,7 +143,7 @@ class Progress:
         now = time.monotonic()
         if now - self._shown >= _PROGRESS_SECONDS:
             self._shown = now
-            self._show(now)
+            self._show()
 
     @property
     def rate(self) -> float:
@@ -154,7 +155,7 @@ class Progress:
         took = time.monotonic() - self._start
         self._line(f"{self.done:,}/{self.total:,} {self.unit} in {took:.1f} s")
 
-    def _show(self, now: float) -> None:
+    def _show(self) -> None:
         left = (self.total - self.done) / self.rate if self.rate else math.inf
         eta = f"{int(left) // 60}:{int(left) % 60:02d}" if math.isfinite(left) else "?"
         self._line(f"{self.done:,}/{self.total:,} {self.unit}, ETA {eta}")

@@ -1,1 +1,1 @@
-"""What tests, the demo and users' own experiments need: a synthetic catalogue, ranks on one host."""
+"""What tests, the demo and own experiments need: a synthetic catalogue, ranks on one host."""

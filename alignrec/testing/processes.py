@@ -80,6 +80,7 @@ def _collect(receivers: list[Any], processes: list[Any], timeout_seconds: float)
         if failures and not ready:
             break
         for receiver in ready:
+            assert isinstance(receiver, Connection)
             rank = open_ends.pop(receiver)
             try:
                 good, value = receiver.recv()

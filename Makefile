@@ -1,0 +1,47 @@
+# Two commands do everything: `make demo` and `make test`. Each makes its own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+RUN_DIR ?= runs/demo
+
+.PHONY: demo movielens mmrec test test-slow check bench install clean help
+
+help:            ## show this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+demo: $(STAMP)   ## the whole path on a synthetic catalogue, through a local Ray
+	$(BIN)/python -m launch run demo --run-dir $(RUN_DIR) $(ARGS)
+
+movielens: $(STAMP) ## the whole path on MovieLens with posters and plots (needs the data)
+	$(BIN)/python -m launch run movielens $(ARGS)
+
+mmrec: $(STAMP)  ## stage 2 on a benchmark in MMRec's format (needs the data)
+	$(BIN)/python -m launch run mmrec $(ARGS)
+
+test: $(STAMP)   ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## every benchmark; results go to benchmarks/results
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+install: $(STAMP) ## the virtual environment with everything in it
+
+# torch goes first: DeepSpeed looks for it while it is being installed.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch wheel "setuptools>=77"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+clean:           ## remove the virtual environment and caches (runs/ stays)
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache
