@@ -9,7 +9,7 @@ class UserError(ValueError):
     """
 
 
-class StageFailure(RuntimeError):  # noqa: N818 - it is the stage that failed
+class StageFailure(RuntimeError):
     """The work itself failed: a peer died, too much bad input, a watchdog fired.
 
     The command line prints the message alone and exits with 1; the details are in the logs.

@@ -28,7 +28,7 @@ NUM_COLOURS = 6
 NUM_STYLES = len(SHAPES) * NUM_COLOURS
 NUM_CIRCLES = 12
 # (style, topic, circle, popularity): how often each is the reason of a click.
-REASON_SHARES = (0.36, 0.36, 0.18, 0.10)
+REASON_SHARES = (0.34, 0.34, 0.24, 0.08)
 _FAVOURITES = 2  # of each factor, per user
 _WITHOUT_IMAGE_EVERY = 97
 _WITHOUT_TEXT_EVERY = 89

@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from alignrec import artifacts
+from alignrec.errors import UserError
+
+
+def make(
+    folder: Path, text: str = "x", fingerprint: str = "f", **inputs: Path
+) -> artifacts.Manifest:
+    with artifacts.writing(
+        folder, kind="features", fingerprint=fingerprint, config={"a": 1}, inputs=inputs
+    ) as draft:
+        (draft.path / "data.txt").write_text(text)
+        (draft.work / "checkpoint").write_text("not kept")
+        draft.counts["num_items"] = 3
+    return artifacts.read(folder, "features")
+
+
+def test_a_finished_artifact_has_checksums_counts_and_lineage(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    manifest = make(tmp_path / "out", source=tmp_path / "source")
+    assert manifest.counts == {"num_items": 3}
+    assert list(manifest.files) == ["data.txt"]
+    assert manifest.inputs["source"]["identity"] == source.identity
+    assert manifest.producer["packages"]["torch"]
+    assert not artifacts.partial_path(tmp_path / "out").exists()
+    artifacts.verify(tmp_path / "out")
+
+
+def test_identity_is_content_not_place_or_time(tmp_path: Path) -> None:
+    assert make(tmp_path / "a").identity == make(tmp_path / "b").identity
+    assert make(tmp_path / "a", "y").identity != make(tmp_path / "b").identity
+
+
+def test_an_interrupted_draft_is_unfinished_and_is_continued(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def begin(fingerprint: str) -> None:
+        with artifacts.writing(
+            tmp_path / "out", kind="features", fingerprint=fingerprint, config={}, inputs={}
+        ) as draft:
+            seen.append((draft.work / "position").exists())
+            (draft.work / "position").write_text("7")
+            raise Stop
+
+    seen: list[bool] = []
+    for fingerprint in ("f", "f", "g"):
+        with pytest.raises(Stop):
+            begin(fingerprint)
+    assert seen == [False, True, False]  # another fingerprint starts afresh
+    with pytest.raises(UserError, match="unfinished"):
+        artifacts.read(tmp_path / "out")
+
+
+def test_a_failed_rewrite_leaves_the_old_artifact(tmp_path: Path) -> None:
+    make(tmp_path / "out", "old")
+    with (
+        pytest.raises(ZeroDivisionError),
+        artifacts.writing(tmp_path / "out", kind="features", fingerprint="g", config={}, inputs={}),
+    ):
+        raise ZeroDivisionError
+    assert (tmp_path / "out" / "data.txt").read_text() == "old"
+    make(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "data.txt").read_text() == "new"
+
+
+def test_absent_wrong_kind_damaged_and_newer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset here"):
+        artifacts.read(tmp_path / "none", "dataset")
+    make(tmp_path / "out")
+    with pytest.raises(UserError, match="kind features, but dataset is needed"):
+        artifacts.read(tmp_path / "out", "dataset")
+    path = tmp_path / "out" / artifacts.MANIFEST
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"schema_version": 99}))
+    with pytest.raises(UserError, match="newer alignrec"):
+        artifacts.read(tmp_path / "out")
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match="damaged"):
+        artifacts.read(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["alter", "remove", "add"])
+def test_verify_names_the_file_that_changed(tmp_path: Path, change: str) -> None:
+    make(tmp_path / "out")
+    name = "other.txt" if change == "add" else "data.txt"
+    if change == "remove":
+        (tmp_path / "out" / name).unlink()
+    else:
+        (tmp_path / "out" / name).write_text("z")
+    with pytest.raises(UserError, match=name):
+        artifacts.verify(tmp_path / "out")
+
+
+def test_fingerprint_depends_on_everything_that_decides_the_result() -> None:
+    base = artifacts.fingerprint("align", 1, {"a": 1}, {"graph": "x"})
+    assert base == artifacts.fingerprint("align", 1, {"a": 1}, {"graph": "x"})
+    others = {
+        artifacts.fingerprint("align", 2, {"a": 1}, {"graph": "x"}),
+        artifacts.fingerprint("align", 1, {"a": 2}, {"graph": "x"}),
+        artifacts.fingerprint("align", 1, {"a": 1}, {"graph": "y"}),
+        artifacts.fingerprint("ablation", 1, {"a": 1}, {"graph": "x"}),
+    }
+    assert len(others | {base}) == 5
