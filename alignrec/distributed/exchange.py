@@ -1,0 +1,261 @@
+"""Rows of tables that are spread over the ranks: ids travel to their owners, rows travel back.
+
+The one communication primitive of graph alignment: neighbour sampling, feature lookup and the
+sharded embeddings are all "ask the owner of these ids". An exchange is collective: every rank calls
+the same methods in the same order, with as many ids as it likes, none included.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from alignrec.distributed.process_group import Rank
+from alignrec.errors import StageFailure
+
+_ROLL_CALL_SECONDS = 10.0
+
+
+class Exchange:
+    """All-to-all between the ranks of one process group.
+
+    A thread that exchanges beside the main one needs an exchange with a group of its own
+    (``process_group.new_group``); one exchange is not for two threads.
+
+    Attributes:
+        rank_index: this rank.
+        world_size: number of ranks; with 1 nothing is sent and no process group is needed.
+        device: where tensors that travel must lie (the GPU with NCCL, else the CPU).
+    """
+
+    def __init__(self, rank: Rank, group: dist.ProcessGroup | None = None) -> None:
+        self.rank_index = rank.index
+        self.world_size = rank.world_size
+        self.device = torch.device("cpu")
+        self._group = group
+        if self.world_size > 1 and dist.get_backend(group) == "nccl":
+            self.device = rank.device
+
+    def send(self, ids: Shaped[Tensor, " n"], owners: Int64[Tensor, " n"]) -> "Route":
+        """Send each id to its owner; the route brings the owners' answers back.
+
+        Args:
+            ids: what the owners understand, e.g. row numbers; int32 or int64. Equal ids are sent
+                as often as they occur: see ``gather_rows`` for asking once.
+            owners: rank of each id, in [0, world_size).
+        """
+        if self.world_size == 1:
+            return Route(self, ids, None, [len(ids)], [len(ids)])
+        counts = torch.bincount(owners, minlength=self.world_size)
+        order = torch.argsort(owners, stable=True)
+        sent = counts.tolist()
+        taken = self.swap_counts(sent)
+        return Route(self, self.all_to_all(ids[order], sent, taken), order, sent, taken)
+
+    def swap_counts(self, counts: Sequence[int]) -> list[int]:
+        """Tell every rank one number and return the number that each of them told this one."""
+        if self.world_size == 1:
+            return list(counts)
+        sent = torch.tensor(counts, dtype=torch.int64, device=self.device)
+        taken = torch.empty_like(sent)
+        with self._watching("exchanging counts"):
+            dist.all_to_all_single(taken, sent, group=self._group)
+        return [int(count) for count in taken.tolist()]
+
+    def all_to_all(
+        self, rows: Shaped[Tensor, " n *row"], sent: Sequence[int], taken: Sequence[int]
+    ) -> Shaped[Tensor, " m *row"]:
+        """Send consecutive blocks of rows to ranks 0, 1, ... and return theirs, in rank order.
+
+        Args:
+            rows: ``sent[0]`` rows for rank 0, then ``sent[1]`` for rank 1, and so on.
+            sent: number of rows for each rank.
+            taken: number of rows from each rank, as it knows them in ``sent``.
+        """
+        if self.world_size == 1:
+            return rows
+        result = rows.new_empty((sum(taken), *rows.shape[1:]))
+        with self._watching(f"exchanging {len(rows)} rows"):
+            dist.all_to_all_single(
+                result, rows.contiguous(), list(taken), list(sent), group=self._group
+            )
+        return result
+
+    def sum(self, value: int) -> int:
+        """Return the sum of every rank's number."""
+        return sum(self.swap_counts([value] * self.world_size))
+
+    @contextlib.contextmanager
+    def _watching(self, action: str) -> Iterator[None]:
+        """Turn the error of a broken connection into one that names the ranks that are gone."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            reason = str(error).splitlines()[0]
+            raise StageFailure(
+                f"rank {self.rank_index} of {self.world_size} failed while {action}: "
+                f"{self._missing_ranks()} ({reason}). Look at the log of that rank, then run the "
+                f"same command again: it resumes."
+            ) from error
+
+    def _missing_ranks(self) -> str:
+        """Call the roll through the store: ranks that live sign, as they meet the same error."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"alignrec/alive/{self.rank_index}", "1")
+        except (RuntimeError, dist.DistError):
+            return "rank 0, which keeps the ranks' common store, does not answer"
+        limit = datetime.timedelta(seconds=_ROLL_CALL_SECONDS)
+        missing = []
+        for other in range(self.world_size):
+            try:
+                store.wait([f"alignrec/alive/{other}"], limit)
+            except (RuntimeError, dist.DistError):
+                missing.append(str(other))
+                limit = datetime.timedelta(seconds=1)
+        if not missing:
+            return "all ranks live, but the connection between them broke"
+        return f"rank {', '.join(missing)} does not answer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """The way of one batch of ids to their owners, and back.
+
+    Attributes:
+        received: ids that the ranks ask of this one, by asking rank; what is answered must be
+            aligned with them.
+        sent: number of ids that went to each rank.
+        taken: number of ids that came from each rank.
+    """
+
+    exchange: Exchange
+    received: Shaped[Tensor, " m"]
+    order: Int64[Tensor, " n"] | None
+    sent: list[int]
+    taken: list[int]
+
+    def reply(self, rows: Shaped[Tensor, " m *row"]) -> Shaped[Tensor, " n *row"]:
+        """Return the owners' rows, aligned with the ids that this rank sent.
+
+        Differentiable: the backward pass carries the gradients of the rows back to their owners,
+        where they arrive at ``rows``. It is collective as well, so every rank must call backward
+        on something that depends on the reply, also a rank that asked for nothing. A trainer may
+        prefer to cut the graph at the reply and call ``send_back`` itself.
+        """
+        if not rows.requires_grad:
+            return self._back(rows)
+        result: Tensor = _Reply.apply(rows, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def reply_ragged(
+        self, lengths: Int64[Tensor, " m"], *values: Shaped[Tensor, " k"]
+    ) -> tuple[Tensor, ...]:
+        """Answer each id with a list of its own length.
+
+        Args:
+            lengths: length of the list of each received id.
+            *values: the lists one after another; several tensors are parallel lists.
+
+        Returns:
+            lengths (n,) and values, aligned with the ids that this rank sent.
+        """
+        if self.order is None:
+            return (lengths, *values)
+        ends = torch.cumsum(lengths, 0)
+        sizes = _block_sums(ends, self.taken)
+        counts = self.exchange.all_to_all(lengths, self.taken, self.sent)
+        starts = torch.cumsum(counts, 0) - counts
+        wanted = _block_sums(starts + counts, self.sent)
+        back = _inverse(self.order)
+        picked = _ragged_index(starts[back], counts[back])
+        lists = [self.exchange.all_to_all(value, sizes, wanted)[picked] for value in values]
+        return (counts[back], *lists)
+
+    def send_back(self, rows: Shaped[Tensor, " n *row"]) -> Shaped[Tensor, " m *row"]:
+        """Send one row for each id to its owner, e.g. gradients; the result fits ``received``."""
+        if self.order is None:
+            return rows
+        return self.exchange.all_to_all(rows[self.order], self.sent, self.taken)
+
+    def _back(self, rows: Tensor) -> Tensor:
+        if self.order is None:
+            return rows
+        arrived = self.exchange.all_to_all(rows, self.taken, self.sent)
+        result = torch.empty_like(arrived)
+        result[self.order] = arrived
+        return result
+
+
+class _Reply(torch.autograd.Function):
+    """``Route.reply`` whose backward is ``Route.send_back``."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, route: Route) -> Tensor:  # noqa: ANN401
+        context.route = route
+        return route._back(rows)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return context.route.send_back(gradient), None
+
+
+def gather_rows(
+    exchange: Exchange,
+    ids: Int64[Tensor, " n"],
+    owner_of: Callable[[Int64[Tensor, " u"]], Int64[Tensor, " u"]],
+    read: Callable[[Int64[Tensor, " m"]], Shaped[Tensor, " m *row"]],
+) -> Shaped[Tensor, " n *row"]:
+    """Look up a row for each id, asking for each distinct id once.
+
+    Differentiable in what ``read`` returns (see ``Route.reply``): gradients of equal ids are
+    summed before they travel.
+
+    Args:
+        exchange: between the ranks.
+        ids: global ids, equal ones allowed.
+        owner_of: global ids -> rank.
+        read: global ids that this rank owns -> their rows.
+    """
+    distinct, position = torch.unique(ids, return_inverse=True)
+    route = exchange.send(distinct, owner_of(distinct))
+    return route.reply(read(route.received)).index_select(0, position)
+
+
+def sum_by_row(
+    rows: Int64[Tensor, " m"], gradients: Float[Tensor, "m dim"]
+) -> tuple[Int64[Tensor, " u"], Float[Tensor, "u dim"]]:
+    """Add up the gradients of equal rows, as several ranks may have sent.
+
+    Returns:
+        The distinct rows, ascending, and the sum of each one's gradients.
+    """
+    distinct, position = torch.unique(rows, return_inverse=True)
+    total = gradients.new_zeros((len(distinct), *gradients.shape[1:]))
+    return distinct, total.index_add_(0, position, gradients)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    result = torch.empty_like(order)
+    result[order] = torch.arange(len(order), device=order.device)
+    return result
+
+
+def _block_sums(ends: Tensor, blocks: Sequence[int]) -> list[int]:
+    """Return the sums of consecutive blocks of a list of which ``ends`` is the running sum."""
+    padded = torch.cat([ends.new_zeros(1), ends])
+    edges = torch.tensor([0, *blocks], device=ends.device).cumsum(0)
+    return [int(size) for size in padded[edges].diff().tolist()]
+
+
+def _ragged_index(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Return the positions of lists that lie at ``starts``, one list after another."""
+    offsets = starts - (torch.cumsum(lengths, 0) - lengths)
+    total = torch.arange(int(lengths.sum()), device=starts.device)
+    return total + torch.repeat_interleave(offsets, lengths)
