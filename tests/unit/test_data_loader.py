@@ -1,0 +1,186 @@
+"""Order, shards, pictures and batches between the dataset and the encoder."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignrec import artifacts
+from alignrec.data.images import crop_box, decode
+from alignrec.data.loader import NO_ITEM, ItemReader, Loader, MicroBatch, Plan
+from alignrec.data.order import EpochOrder, held_out_rows, permute, unpermute
+from alignrec.data.shards import SampleTable, ShardReader
+from alignrec.errors import StageFailure
+from alignrec.testing.datasets import write_dataset
+
+
+def plan(num_rows: int, *, ranks: int, micro: int, global_batch: int = 12) -> Plan:
+    return Plan(
+        rows=np.arange(num_rows),
+        seed=5,
+        global_batch_size=global_batch,
+        micro_batch_size=micro,
+        num_ranks=ranks,
+        accumulation=global_batch // (micro * ranks),
+        block_size=4,
+        window_size=16,
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000])
+def test_permutation_is_one_and_has_its_inverse(size: int) -> None:
+    values = np.arange(size)
+    image = permute(values, size, np.uint64(7))
+    assert sorted(image) == list(range(size))
+    assert np.array_equal(unpermute(image, size, np.uint64(7)), values)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 4, 17, 100])
+@pytest.mark.parametrize(("block", "window"), [(4, 16), (7, 5), (1000, 1000)])
+def test_order_has_every_sample_once_and_any_slice_alone(
+    num_samples: int, block: int, window: int
+) -> None:
+    order = EpochOrder(num_samples, 1, 0, block, window)
+    whole = order.samples(np.arange(num_samples))
+    assert sorted(whole) == list(range(num_samples))
+    middle = np.arange(num_samples // 3, num_samples // 2)
+    assert np.array_equal(order.samples(middle), whole[middle])
+
+
+def test_orders_of_epochs_and_seeds_differ() -> None:
+    orders = [
+        EpochOrder(500, seed, epoch, 16, 64).samples(np.arange(500))
+        for seed, epoch in [(0, 0), (0, 1), (1, 0)]
+    ]
+    for a in range(3):
+        for b in range(a):
+            assert (orders[a] == orders[b]).mean() < 0.05
+
+
+def test_blocks_stay_in_their_window_so_that_shards_are_read_in_large_pieces() -> None:
+    whole = EpochOrder(256, 0, 0, 16, 32).samples(np.arange(256))
+    for window in whole.reshape(-1, 32):
+        assert len(np.unique(window // 16)) == 2
+
+
+def test_held_out_share_and_stability() -> None:
+    chosen = held_out_rows(np.arange(10_000), fraction=0.1, seed=3)
+    assert 0.08 < chosen.mean() < 0.12
+    assert np.array_equal(held_out_rows(np.arange(20_000), fraction=0.1, seed=3)[:10_000], chosen)
+    assert not held_out_rows(np.arange(1000), fraction=0.0, seed=3).any()
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 12), (1, 4), (2, 3), (3, 2), (4, 3)])
+def test_the_global_stream_does_not_depend_on_ranks_and_micro_batches(
+    ranks: int, micro: int
+) -> None:
+    reference = plan(50, ranks=1, micro=12)
+    split = plan(50, ranks=ranks, micro=micro)
+    assert split.steps_per_epoch == 5
+    seen = []
+    for step in range(2 * split.steps_per_epoch):
+        shares = [split.micro_batches(step, rank) for rank in range(ranks)]
+        assert {len(share) for share in shares} == {12 // (ranks * micro)}
+        rows = np.concatenate([share[m].rows for m in range(len(shares[0])) for share in shares])
+        assert np.array_equal(rows, reference.global_batch(step).rows)
+        seen.append(rows)
+    first_epoch = np.concatenate(seen[:5])
+    assert sorted(first_epoch) == list(range(50))
+    assert not np.array_equal(first_epoch, np.concatenate(seen[5:]))
+
+
+def make_reader(folder: Path, *, augment_seed: int | None = None) -> ItemReader:
+    table = SampleTable.read(folder)
+    return ItemReader(
+        ShardReader(folder, table),
+        lambda text: [0, *(ord(word[0]) for word in text.split()), 2],
+        image_size=16,
+        padding_id=1,
+        augment_seed=augment_seed,
+    )
+
+
+def test_batches_hold_what_the_shards_hold(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=20, without_image=(3,), without_text=(5,))
+    batch = make_reader(folder).read(MicroBatch(0, np.array([3, 5, 19])))
+    assert batch.item_index.tolist() == [3, 5, 19]
+    assert batch.has_image.tolist() == [False, True, True]
+    assert batch.images.shape == (3, 16, 16, 3)
+    assert batch.images[0].max() == 0
+    assert batch.images[1].max() > 0
+    assert batch.text_padding[:, 0].tolist() == [False, True, False]
+    assert (batch.tokens[1] == 1).all()
+
+
+def test_an_empty_share_becomes_one_padding_row(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=20)
+    batch = make_reader(folder).read(MicroBatch(0, np.array([], dtype=np.int64)))
+    assert batch.item_index.tolist() == [NO_ITEM]
+    assert not batch.has_image.any()
+    assert batch.text_padding.all()
+    assert batch.tokens.shape == (1, 1)
+
+
+def test_augmentation_is_a_function_of_epoch_and_item(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=20)
+    reader = make_reader(folder, augment_seed=1)
+    alone = reader.read(MicroBatch(2, np.array([7]))).images[0]
+    among = reader.read(MicroBatch(2, np.array([1, 7, 4]))).images[1]
+    later = reader.read(MicroBatch(3, np.array([7]))).images[0]
+    assert np.array_equal(alone, among)
+    assert not np.array_equal(alone, later)
+
+
+def test_threads_keep_the_order(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=40)
+    loader = Loader(make_reader(folder).read, num_threads=3, prefetch=5)
+    wanted = [MicroBatch(0, np.array([i, 39 - i])) for i in range(20)]
+    got = [batch.item_index.tolist() for batch in loader.batches(wanted)]
+    assert got == [[i, 39 - i] for i in range(20)]
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=20, samples_per_shard=10)
+    shard = SampleTable.read(folder).shard_names[1]
+    with (folder / shard).open("r+b") as file:
+        file.seek(2000)
+        file.write(b"X" * 50)
+    reader = make_reader(folder)
+    reader.read(MicroBatch(0, np.array([0])))
+    with pytest.raises(StageFailure, match=f"{shard}.*checksum.*data_prep"):
+        reader.read(MicroBatch(0, np.array([12])))
+    (folder / shard).unlink()
+    with pytest.raises(StageFailure, match=f"{shard}.*No such file"):
+        reader.read(MicroBatch(0, np.array([12])))
+
+
+def test_no_more_than_64_shards_are_open_at_once(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=100, samples_per_shard=1, image_size=8)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    reader = make_reader(folder)
+    reader.read(MicroBatch(0, np.arange(100)))
+    assert len(list(Path("/proc/self/fd").iterdir())) - before == 64
+    assert artifacts.read(folder).counts["num_shards"] == 100
+
+
+def test_crops_lie_inside_and_keep_half_of_the_area() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        left, top, right, bottom = crop_box(128, 192, rng=rng)
+        assert 0 <= left < right <= 128 + 1e-9
+        assert 0 <= top < bottom <= 192 + 1e-9
+        assert (right - left) * (bottom - top) >= 0.5 * 128 * 192 - 1e-6
+
+
+def test_decode_takes_the_whole_picture_without_rng() -> None:
+    pixels = np.zeros((40, 20, 3), dtype=np.uint8)
+    pixels[:, 10:] = 255
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    decoded = decode(file.getvalue(), size=8, rng=None, name="a")
+    assert decoded[:, 0].max() < 40
+    assert decoded[:, -1].min() > 215
+    with pytest.raises(StageFailure, match="item 3 cannot be decoded"):
+        decode(b"no picture", size=8, rng=None, name="item 3")
