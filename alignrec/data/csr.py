@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Self
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int64
@@ -37,7 +38,7 @@ class CSR:
         Raises:
             ValueError: a pair lies outside of ``num_rows`` x ``num_cols``.
         """
-        row, col = torch.as_tensor(rows).long(), torch.as_tensor(cols).long()
+        row, col = _int64(rows), _int64(cols)
         for name, values, limit in (("row", row, num_rows), ("column", col, num_cols)):
             if values.numel() and (int(values.min()) < 0 or int(values.max()) >= limit):
                 raise ValueError(
@@ -85,6 +86,12 @@ class CSR:
         position = torch.arange(int(offsets[-1]), device=self.columns.device) + shift
         return type(self)(offsets, self.columns[position], self.num_cols)
 
+    def keep_columns(self, kept: Bool[Tensor, " num_cols"]) -> Self:
+        """Return the same rows without the columns that ``kept`` marks False."""
+        entries = kept[self.columns]
+        lengths = torch.bincount(self.rows[entries], minlength=self.num_rows)
+        return type(self)(_offsets(lengths), self.columns[entries], self.num_cols)
+
     def contains(self, topk: Int64[Tensor, "num_rows k"]) -> Bool[Tensor, "num_rows k"]:
         """Tell for each entry of row r of ``topk`` whether row r lists it; -1 is never listed."""
         rows = torch.arange(self.num_rows, device=topk.device).unsqueeze(1).expand_as(topk)
@@ -109,3 +116,9 @@ class CSR:
 
 def _offsets(lengths: Int64[Tensor, " n"]) -> Int64[Tensor, " n_plus_one"]:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _int64(numbers: Tensor | npt.ArrayLike) -> Int64[Tensor, " n"]:
+    if isinstance(numbers, Tensor):
+        return numbers.long()
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))  # a copy: tables are read-only

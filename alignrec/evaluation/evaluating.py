@@ -1,0 +1,217 @@
+"""The evaluation stage: dataset + embeddings (+ features, ablation, encoder) -> metrics, report."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from alignrec import artifacts, configuration
+from alignrec.data import schema
+from alignrec.data.csr import CSR
+from alignrec.data.embeddings import check_same_dataset, read_embeddings, read_features
+from alignrec.distributed.process_group import rank_from_environment
+from alignrec.errors import UserError
+from alignrec.evaluation import baselines, metrics, report, showcase
+from alignrec.evaluation.config import EvaluationConfig
+from alignrec.evaluation.ranking import NO_ITEM, ScoreFunction, inner_product, rank_blocks
+from alignrec.stage import Context
+from alignrec.telemetry import Telemetry
+
+SplitMetrics = dict[str, dict[str, float]]  # split -> "recall@20" -> number
+METRICS = "metrics.json"
+REPORT = Path("report") / "index.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every model is asked.
+
+    Attributes:
+        train: training items of each user; never recommended again.
+        held_out: split ("valid", "test", "test_cold") -> held-out items of each user; the last has
+            only the items without any training interaction.
+        users: split -> user_index of those who count in it; a split without users is left out.
+    """
+
+    train: CSR
+    held_out: dict[str, CSR]
+    users: dict[str, Int64[Tensor, " num_users"]]
+
+
+def run(config: EvaluationConfig, context: Context) -> None:
+    """Evaluate every model that the inputs allow and write metrics.json and the report.
+
+    One rank does the work; others return at once.
+    """
+    rank = rank_from_environment()
+    if not rank.is_first:
+        return
+    for name in ("embeddings", "ablation", "features"):
+        if name in context.inputs:
+            check_same_dataset(context.inputs[name], context.inputs["dataset"])
+    task = read_task(context.inputs["dataset"])
+    with Telemetry(context.log_dir, "evaluation") as telemetry:
+        telemetry.rewind(0)
+        with artifacts.writing(
+            context.output,
+            kind="metrics",
+            fingerprint=context.fingerprint,
+            config=configuration.to_mapping(config),
+            inputs=context.inputs,
+        ) as draft:
+            builders = models(context.inputs, task.train, config, rank.device)
+            results = {
+                name: _evaluate(name, build, task, config, draft.work, telemetry)
+                for name, build in builders.items()
+            }
+            artifacts.write_json(draft.path / METRICS, results)
+            draft.counts |= _counts(task, results)
+            shown = _show_users(task, config, context)
+            run = context.output.resolve().parent.name
+            report.write(
+                draft.path / REPORT, results, shown, draft.counts, config, context.inputs, run=run
+            )
+        for line in summary_lines(results, config.headline_k, context.output / REPORT):
+            telemetry.say(line)
+
+
+def read_task(dataset: Path) -> Task:
+    """Read the splits of a dataset; users without training items are dropped from the others.
+
+    Raises:
+        UserError: no user has both training and held-out items.
+    """
+    counts = artifacts.read(dataset, "dataset").counts
+    train, valid, test = (
+        CSR.from_pairs(
+            *schema.read_interactions(dataset, split), counts["num_users"], counts["num_items"]
+        )
+        for split in schema.SPLITS
+    )
+    cold = test.keep_columns(_item_counts(train) == 0)
+    held_out = {"valid": valid, "test": test, "test_cold": cold}
+    users = {split: metrics.evaluation_users(train, rows) for split, rows in held_out.items()}
+    filled = [split for split in held_out if users[split].numel()]
+    if not filled:
+        raise UserError(
+            f"{dataset}: no user has both training and held-out interactions, so nothing can be "
+            f"measured. Prepare the data from a larger log or with larger held-out splits."
+        )
+    return Task(train, {s: held_out[s] for s in filled}, {s: users[s] for s in filled})
+
+
+def models(
+    inputs: Mapping[str, Path], train: CSR, config: EvaluationConfig, device: torch.device
+) -> dict[str, Callable[[], ScoreFunction]]:
+    """Return what builds each model that the inputs allow, in the order of the tables.
+
+    They are built one at a time, so that only one is in memory.
+    """
+
+    def trained(kind: str) -> ScoreFunction:
+        tables = read_embeddings(inputs[kind], num_users=train.num_rows, num_items=train.num_cols)
+        return inner_product(*(table.to(device) for table in tables))
+
+    def features() -> Tensor:
+        return read_features(inputs["features"], num_items=train.num_cols)
+
+    def item_cf() -> ScoreFunction:
+        similar = baselines.shrunk_neighbors(
+            features(),
+            k=config.item_cf.neighbors,
+            shrink=config.item_cf.shrink,
+            block_items=config.block_items,
+        )
+        return baselines.item_cf(train, similar)
+
+    result: dict[str, Callable[[], ScoreFunction]] = {"alignrec": lambda: trained("embeddings")}
+    if "ablation" in inputs:
+        result["ablation"] = lambda: trained("ablation")
+    result["popularity"] = lambda: baselines.popularity(train)
+    if "features" in inputs:
+        result["zero_shot"] = lambda: baselines.zero_shot(train, features())
+        result["item_cf"] = item_cf
+    return result
+
+
+def _evaluate(
+    name: str,
+    build: Callable[[], ScoreFunction],
+    task: Task,
+    config: EvaluationConfig,
+    work: Path,
+    telemetry: Telemetry,
+) -> SplitMetrics:
+    """Return the metrics of one model, from ``work`` where a killed run has finished it."""
+    finished = work / f"{name}.json"
+    if finished.exists():
+        result: SplitMetrics = json.loads(finished.read_text())
+        telemetry.say(f"{name}: metrics of the interrupted run kept")
+    else:
+        result = _measure(name, build(), task, config, telemetry)
+        artifacts.write_json(finished, result)
+    for split, values in result.items():
+        telemetry.log({f"{name}/{split}/{k}": v for k, v in values.items()}, step=0)
+    return result
+
+
+def _measure(
+    name: str, scores: ScoreFunction, task: Task, config: EvaluationConfig, telemetry: Telemetry
+) -> SplitMetrics:
+    users = torch.unique(torch.cat(list(task.users.values())))
+    topk = torch.full((users.numel(), max(config.ks)), NO_ITEM)
+    done = 0
+    with telemetry.progress(users.numel(), "users") as bar:
+        for block, items, _ in rank_blocks(
+            scores, users=users, seen=task.train, k=max(config.ks), block_users=config.block_users
+        ):
+            topk[done : done + block.numel()] = items.cpu()
+            done += block.numel()
+            bar.update(block.numel(), note=name)
+    result = {}
+    for split, own in task.users.items():
+        rows = torch.searchsorted(users, own)
+        held_out = task.held_out[split].select(own)
+        result[split] = metrics.evaluate(topk[rows], held_out, config.ks)
+    return result
+
+
+def _show_users(task: Task, config: EvaluationConfig, context: Context) -> list[showcase.ShownUser]:
+    """Return the users of the report; none where there is no test split to compare with."""
+    if "test" not in task.users:
+        return []
+    shape = {"num_users": task.train.num_rows, "num_items": task.train.num_cols}
+    scores = inner_product(*read_embeddings(context.inputs["embeddings"], **shape))
+    dataset = context.inputs["dataset"]
+    return showcase.show_users(dataset, task.train, task.held_out["test"], scores, config.report)
+
+
+def _counts(task: Task, results: Mapping[str, SplitMetrics]) -> dict[str, int]:
+    counts = {f"num_{split}_users": users.numel() for split, users in task.users.items()}
+    counts["num_cold_items"] = int((_item_counts(task.train) == 0).sum())
+    return counts | {"num_models": len(results)}
+
+
+def _item_counts(train: CSR) -> Int64[Tensor, " num_items"]:
+    return torch.bincount(train.columns, minlength=train.num_cols)
+
+
+def summary_lines(results: Mapping[str, SplitMetrics], k: int, report_path: Path) -> list[str]:
+    """Return what is told at the end: a table, the margins of alignrec, where the report is."""
+    split = "test" if "test" in results["alignrec"] else "valid"
+    names = [f"{metric}@{k}" for metric in ("recall", "ndcg", "precision", "map")]
+    lines = ["  ".join([f"{split:<12}", *(f"{name:>12}" for name in names)])]
+    for model, values in results.items():
+        numbers = (f"{values[split][name]:>12.4f}" for name in names)
+        lines.append("  ".join([f"{model:<12}", *numbers]))
+    for other, margin in report.margins(results, split, names[0]).items():
+        if other in ("popularity", "ablation"):
+            relative = "" if margin.relative is None else f" ({margin.relative:+.1%})"
+            lines.append(
+                f"alignrec over {other}: {margin.difference:+.4f} {split} {names[0]}{relative}"
+            )
+    return [*lines, f"report: {report_path}"]
