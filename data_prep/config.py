@@ -1,0 +1,253 @@
+"""Settings of data preparation, the section ``data_prep`` of a recipe (recipe -> all modules)."""
+
+import dataclasses
+from typing import Literal
+
+from alignrec.configuration import digest, option
+from alignrec.errors import UserError
+from data_prep import locations
+
+Source = Literal["table", "mmrec", "synthetic"]
+Strategy = Literal["user_random", "user_time", "user_last_out", "global_time"]
+TIME_STRATEGIES: tuple[Strategy, ...] = ("user_time", "user_last_out", "global_time")
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemColumns:
+    """Which columns of the item table mean what."""
+
+    key: str = option("item_id", "column of the item's unique key")
+    title: str | None = option("title", "column of the title; null: the catalogue has none")
+    text: tuple[str, ...] = option(
+        ("title", "brand", "categories", "description"),
+        "columns that make the encoder's text, in this order",
+    )
+    image: str | None = option(
+        "image", "column of the picture's path or URL; null: the catalogue has no pictures"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemsConfig:
+    """The item table."""
+
+    path: str | tuple[str, ...] = option(
+        "", "parquet, CSV or JSON-lines file(s): path, glob, folder or fsspec URL, or a list"
+    )
+    columns: ItemColumns = option(ItemColumns(), "column mapping")
+    keep: Literal["all", "interacted"] = option(
+        "all", "all items, or only those with an interaction left after cleaning"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InteractionColumns:
+    """Which columns of the interaction log mean what."""
+
+    user: str = option("user_id", "column of the user's key")
+    item: str = option("item_id", "column of the item's key")
+    rating: str | None = option(None, "column of the rating; null: the log has none")
+    timestamp: str | None = option(
+        None, "column of the time (seconds, a date or a time); null: the log has none"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InteractionsConfig:
+    """The interaction log and how it is cleaned."""
+
+    path: str | tuple[str, ...] = option(
+        "", "parquet, CSV or JSON-lines file(s): path, glob, folder or fsspec URL, or a list"
+    )
+    columns: InteractionColumns = option(InteractionColumns(), "column mapping")
+    min_rating: float | None = option(None, "drop interactions rated lower; null: keep all")
+    duplicates: Literal["last", "first"] = option(
+        "last", "which of a pair's interactions stays, by time and then by row of the log"
+    )
+    min_user_interactions: int = option(
+        1, "iterative k-core: least interactions of a user that stays", minimum=1
+    )
+    min_item_interactions: int = option(
+        1, "iterative k-core: least interactions of an item in the log", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig:
+    """How pictures are found, checked and made small."""
+
+    root: str | None = option(
+        None, "folder that relative picture paths start from; null: the item table's folder"
+    )
+    allowed_schemes: tuple[str, ...] = option(
+        (), "URL schemes that picture references may have, e.g. [https, s3]; none by default"
+    )
+    max_side: int = option(256, "longest side in pixels; larger pictures shrink", minimum=8)
+    min_side: int = option(4, "pictures with a shorter side, in pixels, are refused", minimum=1)
+    jpeg_quality: int = option(90, "quality of pictures that are encoded again", minimum=1)
+    max_bytes: int = option(20_000_000, "largest picture file in bytes", minimum=1)
+    max_pixels: int = option(
+        50_000_000, "largest picture in pixels: a decompression bomb is refused", minimum=1
+    )
+    revision: str = option(
+        "", "change it when pictures changed under the same names, so that they are read again"
+    )
+    read_threads: int = option(
+        8, "pictures that one worker reads at once", minimum=1, affects_result=False
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """How texts are cleaned."""
+
+    separator: str = option(" | ", "what stands between the text columns")
+    max_title_characters: int = option(300, "longer titles are cut", minimum=1)
+    max_column_characters: int = option(2000, "longer texts of one column are cut", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitConfig:
+    """How interactions are divided into train, valid and test."""
+
+    strategy: Strategy = option(
+        "user_random", "random per user, by time per user, last two per user, or by global time"
+    )
+    held_out: float = option(
+        0.2, "share of interactions for valid and test together", minimum=0.0, maximum=0.9
+    )
+    seed: int = option(0, "seed of the random split", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardsConfig:
+    """How samples are packed."""
+
+    max_samples: int = option(1000, "samples in a shard", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MMRecConfig:
+    """A dataset in the format of MMRec: interactions and ready features."""
+
+    interactions: str = option("", "the .inter file: userID itemID rating timestamp x_label")
+    features: tuple[str, ...] = option(
+        (), ".npy feature files, one row per item: they say how many items there are"
+    )
+    item_keys: str | None = option(
+        None, "CSV of itemID and the catalogue's key; null: the key is the itemID"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    """The built-in catalogue with planted factors."""
+
+    num_items: int = option(600, "items", minimum=1)
+    num_users: int = option(900, "users", minimum=1)
+    clicks_per_user: int = option(12, "mean clicks of a user", minimum=1)
+    seed: int = option(0, "seed of the catalogue", minimum=0)
+    image_size: int = option(96, "side of the drawn pictures in pixels", minimum=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPrepConfig:
+    """Settings of data preparation."""
+
+    source: Source = option("table", "table (your files), mmrec or synthetic")
+    items: ItemsConfig = option(ItemsConfig(), "the item table (source: table)")
+    interactions: InteractionsConfig = option(InteractionsConfig(), "the log and its cleaning")
+    images: ImagesConfig = option(ImagesConfig(), "pictures")
+    text: TextConfig = option(TextConfig(), "texts")
+    split: SplitConfig = option(SplitConfig(), "train, valid and test")
+    shards: ShardsConfig = option(ShardsConfig(), "packing of samples")
+    mmrec: MMRecConfig = option(MMRecConfig(), "files of MMRec's format (source: mmrec)")
+    synthetic: SyntheticConfig = option(SyntheticConfig(), "sizes (source: synthetic)")
+    max_bad_fraction: float = option(
+        0.01,
+        "largest share of bad items, pictures or interactions (each by itself)",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    num_cpus: int | None = option(
+        None, "CPUs to use at most; null: all of Ray's", minimum=1, affects_result=False
+    )
+    object_store_bytes: int = option(
+        200_000_000,
+        "Ray's shared memory, where this command starts Ray itself",
+        minimum=80_000_000,
+        affects_result=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that are missing or would have no effect.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if self.source == "table":
+            _require(self.items.path, "items.path", "the item table")
+            _require(self.interactions.path, "interactions.path", "the interaction log")
+        elif self.items.path or self.interactions.path:
+            raise UserError(
+                f"data_prep.items.path and interactions.path have no effect with source: "
+                f"{self.source}. Remove them, or set data_prep.source to table."
+            )
+        if self.source == "mmrec":
+            _require(self.mmrec.interactions, "mmrec.interactions", "the .inter file")
+            _require(self.mmrec.features, "mmrec.features", "the feature files")
+        _require_used(self, "mmrec", MMRecConfig())
+        _require_used(self, "synthetic", SyntheticConfig())
+        columns = self.interactions.columns
+        if self.interactions.min_rating is not None and columns.rating is None:
+            raise UserError(
+                "data_prep.interactions.min_rating needs ratings, but no column is named as one. "
+                "Set data_prep.interactions.columns.rating."
+            )
+        if (
+            self.source == "table"
+            and self.split.strategy in TIME_STRATEGIES
+            and not (columns.timestamp)
+        ):
+            raise UserError(
+                f"data_prep.split.strategy={self.split.strategy} needs times, but no column is "
+                f"named as one. Set data_prep.interactions.columns.timestamp or use user_random."
+            )
+        if self.images.jpeg_quality > 95:
+            raise UserError(
+                f"data_prep.images.jpeg_quality={self.images.jpeg_quality} is above 95: files grow "
+                f"and pictures do not gain. Set 95 or less."
+            )
+
+    def source_identity(self) -> str:
+        """Return a digest of the raw files' paths, sizes and times of change.
+
+        Raises:
+            UserError: a file is missing.
+        """
+        if self.source == "synthetic":
+            return digest("synthetic")
+        if self.source == "mmrec":
+            paths = [self.mmrec.interactions, *self.mmrec.features]
+            paths += [self.mmrec.item_keys] if self.mmrec.item_keys else []
+        else:
+            paths = [*paths_of(self.items.path), *paths_of(self.interactions.path)]
+        return digest([dataclasses.asdict(file) for file in locations.find(paths)])
+
+
+def paths_of(path: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return one path or several as a tuple."""
+    return (path,) if isinstance(path, str) else path
+
+
+def _require(value: object, name: str, what: str) -> None:
+    if not value:
+        raise UserError(f"data_prep.{name} is required: {what}. Add it to the recipe.")
+
+
+def _require_used(config: DataPrepConfig, source: str, unset: object) -> None:
+    if config.source != source and getattr(config, source) != unset:
+        raise UserError(
+            f"section data_prep.{source} has no effect with source: {config.source}. Remove it, or "
+            f"set data_prep.source to {source}."
+        )

@@ -1,0 +1,100 @@
+"""Ray: a session of its own or the cluster's, and shard tasks as a Ray Data job (driver only)."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import ray.data
+
+from alignrec.errors import StageFailure, UserError
+from data_prep.config import DataPrepConfig
+from data_prep.shards import ShardPlan, write_shard
+
+
+@contextlib.contextmanager
+def session(config: DataPrepConfig) -> Iterator[None]:
+    """Use the Ray that is there, or start one on this machine for the time of the block.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _connect(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_shards(
+    plan: ShardPlan,
+    chunks: list[int],
+    *,
+    num_cpus: int | None,
+    finished: Callable[[dict[str, Any]], None],
+) -> None:
+    """Make the shards of ``chunks`` in parallel.
+
+    Args:
+        plan: what the tasks share.
+        chunks: numbers of the chunks that are not done yet.
+        num_cpus: most tasks at once; None: as many as the cluster has CPUs.
+        finished: called with the summary of each shard as soon as it is done, in any order.
+
+    Raises:
+        StageFailure: a task failed for another reason than bad data.
+    """
+    if not chunks:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = [{"chunk": chunk} for chunk in chunks]
+    # One block a chunk, so that each is a task of its own: that is what a lost worker costs.
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        functools.partial(write_shard, plan=plan), num_cpus=1, concurrency=num_cpus
+    )
+    try:
+        for summary in dataset.iter_rows():
+            finished(summary)
+    except ray.exceptions.RayError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise StageFailure(
+            f"a shard task failed: {last}. Finished shards are kept; run the same command again."
+        ) from error
+
+
+def bad_reasons(summary: dict[str, Any]) -> Counter[str]:
+    """Return reason -> number of bad pictures of a finished shard."""
+    return Counter(json.loads(summary["bad_reasons"]))
+
+
+def _connect(config: DataPrepConfig) -> None:
+    # Ray warns about its future treatment of machines without accelerators.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"no Ray answers at RAY_ADDRESS={address}: {' '.join(str(error).split())[:200]}. "
+                f"Start one (python -m cluster up) or unset RAY_ADDRESS."
+            ) from error
+        return
+    ray.init(
+        address="local",
+        num_cpus=config.num_cpus,
+        include_dashboard=False,
+        object_store_memory=config.object_store_bytes,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )

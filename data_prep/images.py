@@ -1,0 +1,205 @@
+"""Picture of an item: a reference in, checked JPEG bytes or a reason out (catalogue -> shards)."""
+
+import dataclasses
+import io
+import os
+import posixpath
+import stat
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data_prep.quarantine import Reason
+
+# No EPS, PDF and the like: their decoders run programs or read other files.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WHITE = (255, 255, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRules:
+    """What a picture may be and becomes; see ``ImagesConfig`` for the fields.
+
+    Attributes:
+        root: absolute folder or URL that relative references start from.
+    """
+
+    root: str
+    allowed_schemes: tuple[str, ...]
+    max_side: int
+    min_side: int
+    jpeg_quality: int
+    max_bytes: int
+    max_pixels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture as it goes into a shard.
+
+    Attributes:
+        data: JPEG, RGB, upright, no side above ``max_side``.
+        width: pixels of ``data``.
+        height: pixels of ``data``.
+        kept: ``data`` is the file as it came.
+        animated: only the first of several frames is in ``data``.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    kept: bool
+    animated: bool
+
+
+class BadImage(Exception):
+    """A picture that cannot be used."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def read(reference: str, rules: ImageRules) -> bytes:
+    """Read the bytes that a reference of the catalogue stands for.
+
+    Raises:
+        BadImage: outside of the allowed locations, missing, unreadable, empty or too large.
+    """
+    location = resolve(reference, rules)
+    try:
+        fs, name = fsspec.core.url_to_fs(location)
+        if "file" in fs.protocol:
+            _refuse_special_file(name)
+        with fs.open(name, "rb") as file:
+            data: bytes = file.read(rules.max_bytes + 1)
+    except FileNotFoundError as error:
+        raise BadImage(Reason.IMAGE_MISSING, reference) from error
+    except BadImage:
+        raise
+    except Exception as error:  # a remote file system raises what it likes; the item has no picture
+        raise BadImage(
+            Reason.IMAGE_UNREADABLE, f"{reference}: {type(error).__name__}: {error}"
+        ) from error
+    if not data:
+        raise BadImage(Reason.IMAGE_EMPTY, reference)
+    if len(data) > rules.max_bytes:
+        raise BadImage(Reason.IMAGE_TOO_LARGE, f"{reference}: more than {rules.max_bytes} bytes")
+    return data
+
+
+def resolve(reference: str, rules: ImageRules) -> str:
+    """Return the absolute path or URL of a reference.
+
+    Raises:
+        BadImage: its scheme is not allowed or it leads out of the root.
+    """
+    if "\x00" in reference:
+        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{reference!r} holds a zero byte")
+    scheme, colon, _ = reference.partition("://")
+    # fsspec chains file systems with "::", which would lead around the list of schemes.
+    if "::" in reference or (colon and scheme.lower() not in rules.allowed_schemes):
+        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{reference}: scheme not in images.allowed_schemes")
+    if colon:
+        return reference
+    root = rules.root.rstrip("/")
+    base, slashes, start = root.rpartition("://")
+    path = posixpath.normpath(posixpath.join(start, reference))
+    if not path.startswith(start + "/"):
+        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{reference} leads out of {root}")
+    return base + slashes + path
+
+
+def prepare(data: bytes, rules: ImageRules) -> Picture:
+    """Check a picture by decoding it, and make it upright, RGB, JPEG and small enough.
+
+    Bytes that already are all of that stay as they are.
+
+    Raises:
+        BadImage: not a picture, broken, too large or too small.
+    """
+    # Our own check of the size comes before the decoder; Pillow's would only warn.
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        return _prepare(data, rules)
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage(Reason.IMAGE_NOT_AN_IMAGE, f"begins with {data[:16]!r}") from error
+    except Exception as error:  # decoders raise a dozen kinds of exceptions on hostile bytes
+        truncated = "truncated" in str(error).lower()
+        reason = Reason.IMAGE_TRUNCATED if truncated else Reason.IMAGE_CORRUPT
+        raise BadImage(reason, f"{type(error).__name__}: {error}") from error
+
+
+def _prepare(data: bytes, rules: ImageRules) -> Picture:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > rules.max_pixels:
+            raise BadImage(
+                Reason.IMAGE_TOO_MANY_PIXELS, f"{width} x {height} pixels in {len(data)} bytes"
+            )
+        if min(width, height) < rules.min_side:
+            raise BadImage(Reason.IMAGE_TOO_SMALL, f"{width} x {height} pixels")
+        orientation = _orientation(image)
+        animated = bool(getattr(image, "is_animated", False))
+        right = image.format == "JPEG" and image.mode == "RGB" and orientation == 1
+        if right and max(width, height) <= rules.max_side:
+            image.load()
+            return Picture(data, width, height, kept=True, animated=False)
+        upright = _shrunk(image, rules.max_side, orientation)
+    buffer = io.BytesIO()
+    upright.save(buffer, "JPEG", quality=rules.jpeg_quality, comment=b"")
+    return Picture(buffer.getvalue(), *upright.size, kept=False, animated=animated)
+
+
+def _shrunk(image: Image.Image, max_side: int, orientation: int) -> Image.Image:
+    if image.format == "JPEG" and image.mode == "RGB":
+        # libjpeg decodes at 1/2, 1/4 or 1/8: twice the final size keeps the quality.
+        image.draft("RGB", (max_side * 2, max_side * 2))
+    pixels = _rgb(image)
+    pixels.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    turn = _TURNS.get(orientation)
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return the first frame in RGB, transparent parts on white."""
+    if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip instead of scale
+        deep = np.asarray(image, dtype=np.int64)
+        return Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        background = Image.new("RGB", layer.size, _WHITE)
+        background.paste(layer, mask=layer.getchannel("A"))
+        return background
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 when there is none or the EXIF block is damaged."""
+    try:
+        value: Any = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _refuse_special_file(path: str) -> None:
+    """Refuse pipes, devices and folders: reading one could wait for ever."""
+    mode = os.stat(path).st_mode  # noqa: PTH116 - plain string paths, once per picture
+    if not stat.S_ISREG(mode):
+        raise BadImage(Reason.IMAGE_UNREADABLE, f"{path} is not a plain file")

@@ -1,0 +1,175 @@
+"""MMRec's files: interactions with ready splits and feature files in, clean columns out.
+
+Such a dataset has neither pictures nor texts: features are given, and later stages start at them.
+"""
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from alignrec.errors import UserError
+from data_prep import locations, tables
+from data_prep.config import MMRecConfig
+from data_prep.interactions import Bools, Ints, Log, to_ratings, to_timestamps
+from data_prep.locations import RawFile
+from data_prep.quarantine import Quarantine, Reason
+
+USER, ITEM, RATING, TIMESTAMP, LABEL = "userID", "itemID", "rating", "timestamp", "x_label"
+_SETTING = "MMRec's format"
+_NUM_LABELS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class MMRecData:
+    """What the files hold.
+
+    Attributes:
+        log: the good interactions; users and items are the file's own numbers.
+        labels: (n,) split of each: 0 train, 1 valid, 2 test.
+        num_users: one more than the largest userID.
+        item_keys: key of every item.
+        num_rows: rows of the file, good and bad.
+    """
+
+    log: Log
+    labels: npt.NDArray[np.int8]
+    num_users: int
+    item_keys: pa.Array
+    num_rows: int
+
+
+def read(config: MMRecConfig, quarantine: Quarantine) -> MMRecData:
+    """Read the interactions and the number of items.
+
+    Raises:
+        UserError: a missing or damaged file, or feature files that disagree.
+    """
+    num_items = count_items(config)
+    keys = _item_keys(config, num_items)
+    files = locations.find([config.interactions])
+    present = _header(files[0])
+    optional = tuple(name for name in (RATING, TIMESTAMP) if name in present)
+    columns = tables.Columns(_SETTING, text=(USER, ITEM, LABEL), other=optional)
+    malformed: list[tables.MalformedRow] = []
+    batches = list(tables.read_batches(files, columns, malformed))
+    quarantine.add("interactions", ((m.where, Reason.MALFORMED_ROW, m.detail) for m in malformed))
+    table = pa.concat_tables(batches) if batches else pa.table({})
+    if not len(table):
+        raise UserError(
+            f"{config.interactions} holds no interaction, so there is nothing to learn from. "
+            f"Check data_prep.mmrec.interactions."
+        )
+    log, labels = _interactions(table, num_items, quarantine)
+    if not len(log):
+        raise UserError(
+            f"no row of {config.interactions} can be used: user and item must be whole numbers, "
+            f"items below the {num_items:,} rows of the features, x_label 0, 1 or 2."
+        )
+    num_users = int(log.user.max()) + 1
+    return MMRecData(log, labels, num_users, keys, len(table) + len(malformed))
+
+
+def count_items(config: MMRecConfig) -> int:
+    """Return the number of rows of the feature files.
+
+    Raises:
+        UserError: a file is missing, is no .npy table, or has other rows than the first.
+    """
+    rows = {path: _num_rows(path) for path in config.features}
+    if len(set(rows.values())) != 1:
+        listed = ", ".join(f"{path} {n:,}" for path, n in rows.items())
+        raise UserError(
+            f"the feature files disagree on the number of items: {listed} rows. Each needs one row "
+            f"per item, in itemID order."
+        )
+    return next(iter(rows.values()))
+
+
+def _num_rows(path: str) -> int:
+    with locations.find([path])[0].open() as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read_header(file)
+        except (ValueError, KeyError, EOFError) as error:
+            raise UserError(
+                f"{path} is not a .npy file ({error}). Give the files that numpy.save wrote."
+            ) from error
+    if len(shape) != 2 or dtype.kind != "f":
+        raise UserError(
+            f"{path} holds {dtype} of shape {shape}, but features are a table of floating-point "
+            f"numbers, one row per item."
+        )
+    return int(shape[0])
+
+
+def _item_keys(config: MMRecConfig, num_items: int) -> pa.Array:
+    if config.item_keys is None:
+        return pa.array(np.arange(num_items)).cast(pa.string())
+    file = locations.find([config.item_keys])[0]
+    names = _header(file)
+    key_columns = [name for name in names if name != ITEM]
+    if ITEM not in names or len(key_columns) != 1:
+        raise UserError(
+            f"{config.item_keys} has the columns {', '.join(names)}, but {ITEM} and one column of "
+            f"keys are needed."
+        )
+    columns = tables.Columns(_SETTING, text=(ITEM, key_columns[0]))
+    table = pa.concat_tables(tables.read_batches([file], columns, []))
+    number, good = _whole_numbers(table[ITEM])
+    keys = np.full(num_items, None, dtype=object)
+    inside = good & (number >= 0) & (number < num_items)
+    keys[number[inside]] = table[key_columns[0]].to_numpy()[inside]
+    array = pa.array(keys, pa.string())
+    if array.null_count or len(array.unique()) != num_items:
+        raise UserError(
+            f"{config.item_keys} does not give each of the {num_items:,} items a key of its own. "
+            f"Correct it or set data_prep.mmrec.item_keys to null."
+        )
+    return array
+
+
+def _interactions(
+    table: pa.Table, num_items: int, quarantine: Quarantine
+) -> tuple[Log, npt.NDArray[np.int8]]:
+    user, good_user = _whole_numbers(table[USER])
+    item, good_item = _whole_numbers(table[ITEM])
+    label, good_label = _whole_numbers(table[LABEL])
+    names = table.column_names
+    rating, bad_rating = to_ratings(table[RATING] if RATING in names else None, len(table))
+    time, has_time, bad_time = to_timestamps(
+        table[TIMESTAMP] if TIMESTAMP in names else None, len(table)
+    )
+    good = np.ones(len(table), dtype=bool)
+    for mask, reason in (
+        (~good_user | (user < 0), Reason.MISSING_USER),
+        (~good_item, Reason.MISSING_ITEM),
+        ((item < 0) | (item >= num_items), Reason.UNKNOWN_ITEM),
+        (~good_label | (label < 0) | (label >= _NUM_LABELS), Reason.BAD_LABEL),
+        (bad_rating, Reason.BAD_RATING),
+        (bad_time, Reason.BAD_TIMESTAMP),
+    ):
+        bad = np.flatnonzero(mask & good)
+        good &= ~mask
+        quarantine.add(
+            "interactions",
+            ((f"{user[r]} -> {item[r]}", reason, f"row {r + 1}") for r in bad.tolist()),
+        )
+    log = Log(user, item, rating, time, has_time).select(good)
+    return log, label[good].astype(np.int8)
+
+
+def _whole_numbers(column: pa.ChunkedArray) -> tuple[Ints, Bools]:
+    numbers, known, bad = to_timestamps(column, len(column))
+    return numbers, known & ~bad
+
+
+def _header(file: RawFile) -> list[str]:
+    with file.open() as stream:
+        line = stream.readline(1 << 16).decode("utf-8", "replace").strip()
+    return line.split("\t" if file.suffix in (".inter", ".tsv") else ",")
