@@ -1,0 +1,56 @@
+"""Random numbers that are a function of what they are for, not of who draws them or when.
+
+A sampler that hashes (seed, epoch, node, hop) draws the same sample on any rank, in any order and
+after any restart. The mixing function is the finalizer of SplitMix64 (Steele et al., OOPSLA 2014).
+"""
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+_WORD = 1 << 64
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def salt(*words: int) -> int:
+    """Return a signed 64-bit number that stands for a tuple of integers."""
+    state = 0
+    for word in words:
+        state = _finalize((state + _GOLDEN + word) % _WORD)
+    return _signed(state)
+
+
+def hash_ids(ids: Int64[Tensor, "*shape"], key: int) -> Int64[Tensor, "*shape"]:
+    """Return a hash of each id under a key from ``salt``: all 64 bits, signed.
+
+    Integer arithmetic wraps, so CPU and CUDA agree bit for bit.
+    """
+    mixed = ids * _signed(_GOLDEN) + key
+    mixed = mixed ^ _shift(mixed, 30)
+    mixed = mixed * _signed(_FIRST)
+    mixed = mixed ^ _shift(mixed, 27)
+    mixed = mixed * _signed(_SECOND)
+    return mixed ^ _shift(mixed, 31)
+
+
+def uniform_below(
+    hashes: Int64[Tensor, "*shape"], bounds: Int64[Tensor, "*shape"] | int
+) -> Int64[Tensor, "*shape"]:
+    """Map hashes to [0, bounds); the bias is at most bounds / 2**63."""
+    return (hashes & torch.iinfo(torch.int64).max) % bounds
+
+
+def _finalize(state: int) -> int:
+    state = (state ^ (state >> 30)) * _FIRST % _WORD
+    state = (state ^ (state >> 27)) * _SECOND % _WORD
+    return state ^ (state >> 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Shift right without copying the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - _WORD if word >= _WORD // 2 else word

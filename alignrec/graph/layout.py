@@ -1,0 +1,154 @@
+"""Partitions on disk, in the layout of torch_geometric.distributed.Partitioner (graph -> stores).
+
+Every node lies in one partition and every edge in the partition of its destination node. PyG's
+``LocalGraphStore.from_partition`` and ``LocalFeatureStore.from_partition`` read the folder. As in
+PyG, ``edge_id`` in graph.pt and ``global_id`` in node_feats.pt count over all types, ``id`` and
+the edges' ``global_id`` within their type.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from alignrec import artifacts
+from alignrec.errors import UserError
+from alignrec.graph import schema
+from alignrec.graph.edges import EdgeList, WholeGraph
+from alignrec.graph.partition import Assignment
+from alignrec.graph.schema import EDGE_TYPES, ITEM, NODE_TYPES, EdgeType, NodeType
+
+
+def write_partitions(
+    folder: Path,
+    graph: WholeGraph,
+    parts: Assignment,
+    *,
+    num_partitions: int,
+    features: npt.NDArray[np.floating],
+) -> None:
+    """Write node and edge maps, each partition's edges and features, and META.json last.
+
+    Args:
+        folder: root of the layout.
+        graph: everything that is partitioned.
+        parts: partition of every node.
+        num_partitions: number of parts, some of which may be empty.
+        features: (num_items, dim) content features; may be memory-mapped.
+    """
+    node_offset = _offsets([graph.num_nodes[node_type] for node_type in NODE_TYPES])
+    edge_offset = _offsets([len(graph.edges[edge_type]) for edge_type in EDGE_TYPES])
+    sorted_edges = {}
+    for edge_type in EDGE_TYPES:
+        edge_parts = parts[edge_type[2]][graph.edges[edge_type].target]
+        _save(schema.edge_map_path(folder, edge_type), torch.from_numpy(edge_parts))
+        sorted_edges[edge_type] = _by_partition(graph.edges[edge_type], edge_parts, num_partitions)
+    for node_type in NODE_TYPES:
+        _save(schema.node_map_path(folder, node_type), torch.from_numpy(parts[node_type]))
+    for partition in range(num_partitions):
+        own = {t: np.flatnonzero(parts[t] == partition) for t in NODE_TYPES}
+        nodes = {
+            node_type: _node_features(graph, node_type, own[node_type], offset, features)
+            for node_type, offset in zip(NODE_TYPES, node_offset, strict=True)
+        }
+        edges, edge_features = {}, {}
+        for edge_type, offset in zip(EDGE_TYPES, edge_offset, strict=True):
+            ids = sorted_edges[edge_type][partition]
+            edges[edge_type], edge_features[edge_type] = _edge_tables(graph, edge_type, ids, offset)
+        path = schema.partition_path(folder, partition)
+        _save(path / "graph.pt", edges)
+        _save(path / "node_feats.pt", nodes)
+        _save(path / "edge_feats.pt", edge_features)
+    artifacts.write_json(
+        schema.meta_path(folder),
+        {
+            "num_parts": num_partitions,
+            "node_types": list(NODE_TYPES),
+            "edge_types": [list(edge_type) for edge_type in EDGE_TYPES],
+            "node_offset": node_offset,
+            "is_hetero": True,
+            "is_sorted": True,
+            "num_nodes": dict(graph.num_nodes),
+            "num_edges": {"__".join(t): len(edges) for t, edges in graph.edges.items()},
+        },
+    )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return META.json.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    path = schema.meta_path(folder)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), so the partitions are unknown. Run the graph stage "
+            f"again."
+        ) from error
+    return content
+
+
+def load(path: Path) -> Any:  # noqa: ANN401 - tensors, or dictionaries of them
+    """Read tensors without running pickled code; they stay on disk until they are touched."""
+    return torch.load(path, weights_only=True, mmap=True)
+
+
+def _by_partition(
+    edges: EdgeList, edge_parts: npt.NDArray[np.int32], num_partitions: int
+) -> list[npt.NDArray[np.int64]]:
+    """Return the edge ids of each partition, sorted by destination and then source."""
+    order = np.lexsort((edges.source, edges.target, edge_parts))
+    counts = np.bincount(edge_parts, minlength=num_partitions)
+    return np.split(order, np.cumsum(counts)[:-1])
+
+
+def _node_features(
+    graph: WholeGraph,
+    node_type: NodeType,
+    ids: npt.NDArray[np.int64],
+    offset: int,
+    features: npt.NDArray[np.floating],
+) -> dict[str, Any]:
+    tensors = {"degree": torch.from_numpy(graph.degree[node_type][ids])}
+    if node_type == ITEM:
+        tensors["x"] = torch.from_numpy(np.ascontiguousarray(features[ids]))
+    return {
+        "global_id": torch.from_numpy(ids + offset),
+        "id": torch.from_numpy(ids),
+        "feats": tensors,
+    }
+
+
+def _edge_tables(
+    graph: WholeGraph, edge_type: EdgeType, ids: npt.NDArray[np.int64], offset: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    edges = graph.edges[edge_type]
+    table = {
+        "edge_id": torch.from_numpy(ids + offset),
+        "row": torch.from_numpy(edges.source[ids]),
+        "col": torch.from_numpy(edges.target[ids]),
+        "size": (graph.num_nodes[edge_type[0]], graph.num_nodes[edge_type[2]]),
+    }
+    features = {
+        "global_id": torch.from_numpy(ids),
+        "feats": {"edge_attr": torch.from_numpy(edges.weight[ids]).unsqueeze(1)},
+    }
+    return table, features
+
+
+def _offsets(sizes: list[int]) -> list[int]:
+    return [0, *np.cumsum(sizes)[:-1].tolist()]
+
+
+def _save(path: Path, content: Any) -> None:  # noqa: ANN401 - what torch.save takes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
