@@ -2,7 +2,7 @@
 
 Every item has a *style* (a shape in a colour, visible only in its picture), a *topic* (words,
 visible only in its text) and a *circle* (a taste that neither picture nor text shows). A user
-has favourites of each; a click picks one of the three reasons, or plain popularity, and then an
+has a favourite of each; a click picks one of the three reasons, or plain popularity, and then an
 item. So what a picture, a text and the interactions each contribute can be measured.
 
 Everything is a function of (seed, sizes); drawing costs about a millisecond per item, and clicks
@@ -29,7 +29,6 @@ NUM_STYLES = len(SHAPES) * NUM_COLOURS
 NUM_CIRCLES = 12
 # (style, topic, circle, popularity): how often each is the reason of a click.
 REASON_SHARES = (0.34, 0.34, 0.24, 0.08)
-_FAVOURITES = 2  # of each factor, per user
 _WITHOUT_IMAGE_EVERY = 97
 _WITHOUT_TEXT_EVERY = 89
 
@@ -108,7 +107,7 @@ def make_catalogue(
         "topic": rng.integers(len(TOPICS), size=num_items),
         "circle": rng.integers(NUM_CIRCLES, size=num_items),
     }
-    popularity = rng.pareto(2.5, size=num_items) + 0.3
+    popularity = rng.lognormal(sigma=0.5, size=num_items)
     user, item = _draw_clicks(
         list(factors.values()),
         popularity,
@@ -246,7 +245,7 @@ def _draw_clicks(
     clicks_per_user: int,
     rng: np.random.Generator,
 ) -> tuple[Ints, Ints]:
-    """Draw clicks by their reasons: a favourite value of one factor, then an item that has it."""
+    """Draw clicks by their reasons: the favourite value of a factor, then an item that has it."""
     num_items = len(popularity)
     counts = np.maximum(3, rng.poisson(clicks_per_user, size=num_users))
     user = np.repeat(np.arange(num_users), counts)
@@ -255,10 +254,9 @@ def _draw_clicks(
     item = np.empty(len(user), dtype=np.int64)
     for index, group in enumerate(groups):
         present = np.unique(group)
-        favourites = rng.choice(present, size=(num_users, _FAVOURITES))
+        favourite = rng.choice(present, size=num_users)
         here = np.flatnonzero(reason == index)
-        wanted = favourites[user[here], rng.integers(_FAVOURITES, size=len(here))]
-        item[here] = _pick(group, popularity, wanted, rng)
+        item[here] = _pick(group, popularity, favourite[user[here]], rng)
     pairs = np.unique(user * num_items + item)
     return pairs // num_items, pairs % num_items
 
