@@ -1,0 +1,146 @@
+"""The export stage: dataset + embeddings -> a bundle for serving (safetensors, ranked lists)."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from alignrec import artifacts, configuration
+from alignrec.data import schema
+from alignrec.data.csr import CSR
+from alignrec.data.embeddings import EMBEDDINGS, check_same_dataset, read_embeddings
+from alignrec.distributed.process_group import rank_from_environment
+from alignrec.evaluation.ranking import NO_ITEM, ScoreFunction, inner_product, rank_blocks
+from alignrec.export import mmrec
+from alignrec.export.config import ExportConfig
+from alignrec.stage import Context
+from alignrec.telemetry import Telemetry
+
+TOPK = pa.schema(
+    [
+        pa.field("user_key", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("item_key", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+TOPK_FILE = "topk.parquet"
+_PART_USERS = 65_536  # ranked again at most when a run is killed
+
+
+def run(config: ExportConfig, context: Context) -> None:
+    """Write the bundle. One rank does the work; others return at once."""
+    if not rank_from_environment().is_first:
+        return
+    dataset, embeddings = context.inputs["dataset"], context.inputs["embeddings"]
+    for name in ("embeddings", "features"):
+        if name in context.inputs:
+            check_same_dataset(context.inputs[name], dataset)
+    with Telemetry(context.log_dir, "export") as telemetry:
+        with artifacts.writing(
+            context.output,
+            kind="bundle",
+            fingerprint=context.fingerprint,
+            config=configuration.to_mapping(config),
+            inputs=context.inputs,
+        ) as draft:
+            parts = rank_parts(dataset, embeddings, config, draft.work, telemetry)
+            draft.counts["num_recommendations"] = merge_parts(parts, draft.path / TOPK_FILE)
+            shutil.copyfile(embeddings / EMBEDDINGS, draft.path / EMBEDDINGS)
+            for name in ("items.parquet", "users.parquet"):
+                shutil.copyfile(dataset / name, draft.path / name)
+            counts = artifacts.read(dataset, "dataset").counts
+            draft.counts |= {name: counts[name] for name in ("num_users", "num_items")}
+            draft.facts["score"] = "inner product of a user row and an item row"
+            if config.mmrec:
+                features = context.inputs.get("features")
+                mmrec.write(draft.path, dataset, features, name=config.mmrec_name)
+        telemetry.say(f"bundle: {context.output}")
+
+
+def rank_parts(
+    dataset: Path, embeddings: Path, config: ExportConfig, work: Path, telemetry: Telemetry
+) -> list[Path]:
+    """Rank for all users in order, a file for some ten thousand users at a time.
+
+    Files that a killed run has finished are kept.
+
+    Args:
+        dataset: whose training items are left out and whose keys are written.
+        embeddings: what scores.
+        config: list length and block size.
+        work: where the files lie until they are merged.
+        telemetry: shows progress.
+    """
+    counts = artifacts.read(dataset, "dataset").counts
+    shape = {"num_users": counts["num_users"], "num_items": counts["num_items"]}
+    seen = CSR.from_pairs(
+        *schema.read_interactions(dataset, "train"), shape["num_users"], shape["num_items"]
+    )
+    scores = inner_product(*read_embeddings(embeddings, **shape))
+    item_keys = schema.read_items(dataset, ["item_key"])["item_key"].combine_chunks()
+    users = pq.ParquetFile(dataset / "users.parquet")
+    paths, first = [], 0
+    with telemetry.progress(shape["num_users"], "users") as bar:
+        for batch in users.iter_batches(_PART_USERS, columns=["user_key"]):
+            paths.append(work / f"topk_{first:012d}.parquet")
+            index = torch.arange(first, first + batch.num_rows)
+            if not paths[-1].exists():
+                _write_part(paths[-1], index, batch["user_key"], item_keys, scores, seen, config)
+            bar.update(batch.num_rows)
+            first += batch.num_rows
+    return paths
+
+
+def merge_parts(parts: Iterable[Path], path: Path) -> int:
+    """Write the rows of all parts, in order, into one file and return their number."""
+    num_rows = 0
+    with pq.ParquetWriter(path, TOPK) as writer:
+        for part in parts:
+            for batch in pq.ParquetFile(part).iter_batches():
+                writer.write_batch(batch)
+                num_rows += batch.num_rows
+    return num_rows
+
+
+def _write_part(
+    path: Path,
+    users: Int64[Tensor, " part"],
+    user_keys: pa.Array,
+    item_keys: pa.Array,
+    scores: ScoreFunction,
+    seen: CSR,
+    config: ExportConfig,
+) -> None:
+    unfinished = path.with_suffix(".writing")
+    with pq.ParquetWriter(unfinished, TOPK) as writer:
+        for block, items, values in rank_blocks(
+            scores, users=users, seen=seen, k=config.top_k, block_users=config.block_users
+        ):
+            keys = user_keys.take(pa.array((block - users[0]).numpy()))
+            writer.write_table(topk_table(keys, item_keys, items, values))
+    unfinished.replace(path)
+
+
+def topk_table(
+    user_keys: pa.Array,
+    item_keys: pa.Array,
+    items: Int64[Tensor, "block k"],
+    scores: Float32[Tensor, "block k"],
+) -> pa.Table:
+    """Return one row a recommendation, best first; places without an item are left out."""
+    filled = items != NO_ITEM
+    row, place = (index.numpy() for index in filled.nonzero(as_tuple=True))
+    columns = {
+        "user_key": user_keys.take(pa.array(row)),
+        "rank": pa.array((place + 1).astype(np.int32)),
+        "item_key": item_keys.take(pa.array(items[filled].numpy())),
+        "score": pa.array(scores[filled].numpy()),
+    }
+    return pa.table(columns, schema=TOPK)
