@@ -1,0 +1,153 @@
+"""Full-graph mode: one process, every node in every step (graph -> embeddings).
+
+All of the graph and of the embeddings is in this process's memory; PAPER.md's defaults, exactly.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from alignrec import checkpoint
+from alignrec.align.batches import Triples, TripleSchedule
+from alignrec.align.config import AlignConfig
+from alignrec.align.content import Content, DriftingContent, FixedContent
+from alignrec.align.inputs import Inputs
+from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_embedding
+from alignrec.align.objective import Representations, objective
+from alignrec.align.propagation import SparseMatrix, normalized_rates, propagate
+from alignrec.align.schedule import learning_rate
+from alignrec.align.validation import Validation
+from alignrec.artifacts import Draft
+from alignrec.checkpoint import Checkpoint
+from alignrec.data.csr import CSR
+from alignrec.distributed.process_group import Rank
+
+
+class FullGraphModel(nn.Module):
+    """Embeddings and content gate with the propagation over the whole graph."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        rates: SparseMatrix,
+        num_nodes: tuple[int, int],
+        similar: SparseMatrix | None,
+        features: Float[Tensor, "num_items f"] | None,
+    ) -> None:
+        super().__init__()
+        self._layers = config.layers
+        self._rates = rates
+        self._similar = similar
+        dim, seed = config.embedding_dim, config.seed
+        self.user, self.item = (
+            nn.Parameter(initial_embedding(0, n, dim, num_rows=n, table=table, seed=seed))
+            for n, table in zip(num_nodes, (USER_TABLE, ITEM_TABLE), strict=True)
+        )
+        self.content: Content | None = None
+        if features is not None:
+            self.content = (DriftingContent if config.paper_compatible else FixedContent)(features)
+            self.gate = ContentGate(features.shape[1], dim, seed=seed)
+
+    def represent(self) -> Representations:
+        """Propagate: H_id and, with content, H_mm of every node."""
+        user_id, item_id = propagate(self._rates, self.user, self.item, layers=self._layers)
+        if self.content is None or self._similar is None:
+            return Representations(user_id, item_id)
+        gated = self.item * self.gate(self.content.table())
+        item_content = self._similar.multiply(gated)
+        user_content = self._rates.multiply(item_content)
+        return Representations(user_id, item_id, user_content, item_content)
+
+
+class FullGraphTrainer:
+    """One optimizer over the whole model (a ``Trainer`` of ``alignrec.align.training``)."""
+
+    def __init__(self, config: AlignConfig, inputs: Inputs, rank: Rank) -> None:
+        self._config = config
+        self._rank = rank
+        train = inputs.interactions("train")
+        self._schedule = TripleSchedule(train, batch_size=config.batch_size, seed=config.seed)
+        self.num_steps = self._schedule.num_steps
+        self.num_triples = len(train.columns)
+        self.model = _build_model(config, inputs, train, rank.device)
+        self._optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.learning_rate, fused=True
+        )
+        self._validation = Validation(
+            train, inputs.interactions("valid"), block_users=config.evaluation_block
+        )
+        self._best: dict[str, Tensor] = {}
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[dict[str, Float[Tensor, ""]]]:
+        """See ``Trainer``."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._config, epoch)
+        for step in range(first_step, self.num_steps):
+            yield self._step(self._schedule.step(epoch, step).to(self._rank.device))
+
+    def _step(self, triples: Triples) -> dict[str, Float[Tensor, ""]]:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss, terms = objective(self._config, self.model.represent(), triples, self.model.content)
+        if len(triples.user):
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+        return {name: term.detach() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """See ``Trainer``."""
+        user, item = self.model.represent().fused()
+        return self._validation.metrics(user, item)
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """See ``Trainer``."""
+        self._best = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def save(self, folder: Path, step: int, state: Mapping[str, Any]) -> None:
+        """See ``Trainer``."""
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"best/{name}": value for name, value in self._best.items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"adam/{name}/{key}"] = value
+        checkpoint.save(folder, step, tensors=tensors, state=state, rank=self._rank)
+
+    def restore(self, saved: Checkpoint) -> dict[str, Any]:
+        """See ``Trainer``."""
+        tensors, state = saved.load(0)
+        tensors = {name: value.to(self._rank.device) for name, value in tensors.items()}
+        self.model.load_state_dict(_below("model/", tensors))
+        self._best = _below("best/", tensors)
+        for name, parameter in self.model.named_parameters():
+            self._optimizer.state[parameter] = _below(f"adam/{name}/", tensors)
+        return state
+
+    @torch.no_grad()
+    def write_best(self, draft: Draft) -> None:
+        """See ``Trainer``."""
+        self.model.load_state_dict(self._best)
+        user, item = self.model.represent().fused()
+        embeddings = {"user": user.cpu(), "item": item.cpu()}
+        save_file(embeddings, draft.path / "embeddings.safetensors")
+        parameters = {name: value.cpu() for name, value in self._best.items()}
+        save_file(parameters, draft.path / "model.safetensors")
+
+
+def _build_model(
+    config: AlignConfig, inputs: Inputs, train: CSR, device: torch.device
+) -> FullGraphModel:
+    similar = inputs.similarities().to(device) if config.content else None
+    features = inputs.feature_table() if config.content else None
+    rates = normalized_rates(train).to(device)
+    nodes = (inputs.num_users, inputs.num_items)
+    return FullGraphModel(config, rates, nodes, similar, features).to(device)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}

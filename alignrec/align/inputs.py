@@ -1,0 +1,139 @@
+"""What stage 2 reads, checked against each other (dataset, features, graph -> trainers)."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from alignrec import artifacts
+from alignrec.align.propagation import SparseMatrix
+from alignrec.data.csr import CSR
+from alignrec.data.schema import Split, interactions_path, read_interactions
+from alignrec.errors import UserError
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The three input artifacts, known to belong together.
+
+    Attributes:
+        dataset: folder.
+        features: folder.
+        graph: folder.
+        num_users: users of the dataset.
+        num_items: items of the dataset.
+        num_features: columns of ``features.npy``.
+    """
+
+    dataset: Path
+    features: Path
+    graph: Path
+    num_users: int
+    num_items: int
+    num_features: int
+
+    @classmethod
+    def open(cls, folders: Mapping[str, Path]) -> "Inputs":
+        """Check that the artifacts belong together.
+
+        Raises:
+            UserError: counts or lineage differ, or a file is absent or damaged.
+        """
+        dataset = artifacts.read(folders["dataset"], "dataset")
+        graph = artifacts.read(folders["graph"], "graph")
+        artifacts.read(folders["features"], "features")
+        source = graph.inputs.get("dataset", {}).get("identity")
+        if source != dataset.identity:
+            raise UserError(
+                f"{folders['graph']} was built from another dataset than {folders['dataset']}, so "
+                f"its edges would belong to other users and items. Run the graph stage again."
+            )
+        num_items = dataset.counts["num_items"]
+        features = _load_array(folders["features"] / "features.npy")
+        if features.ndim != 2 or features.shape[0] != num_items:
+            raise UserError(
+                f"{folders['features']}/features.npy has shape {list(features.shape)}, but the "
+                f"dataset has {num_items} items: rows would belong to other items. Run the "
+                f"features stage again on this dataset."
+            )
+        return cls(
+            dataset=folders["dataset"],
+            features=folders["features"],
+            graph=folders["graph"],
+            num_users=dataset.counts["num_users"],
+            num_items=num_items,
+            num_features=features.shape[1],
+        )
+
+    def interactions(self, split: Split) -> CSR:
+        """Return the items of each user in a split.
+
+        Raises:
+            UserError: the table is absent, or names users or items that the dataset has not.
+        """
+        path = interactions_path(self.dataset, split)
+        try:
+            users, items = read_interactions(self.dataset, split)
+        except (OSError, KeyError) as error:
+            raise UserError(f"cannot read {path}: {error}. Write the dataset again.") from error
+        try:
+            return CSR.from_pairs(users, items, self.num_users, self.num_items)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def feature_table(self) -> Float[Tensor, "num_items f"]:
+        """Return h_enc of every item as float32, in memory.
+
+        Raises:
+            UserError: a feature is NaN or infinite.
+        """
+        table = torch.from_numpy(
+            np.array(_load_array(self.features / "features.npy"), dtype=np.float32)
+        )
+        bad = int((~torch.isfinite(table).all(dim=1)).sum())
+        if bad:
+            raise UserError(
+                f"{self.features}/features.npy: {bad} of {self.num_items} rows are not finite, so "
+                f"every embedding would become NaN. Extract the features again."
+            )
+        return table
+
+    def similarities(self) -> SparseMatrix:
+        """Return S, the normalised item-item graph.
+
+        Raises:
+            UserError: the file is absent, damaged or of another number of items.
+        """
+        path = self.graph / "similar.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                indptr, indices, values = (arrays[n] for n in ("indptr", "indices", "values"))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"cannot read {path}: {error}. Run the graph stage again.") from error
+        if len(indptr) != self.num_items + 1:
+            raise UserError(
+                f"{path} has {len(indptr) - 1} items, but the dataset has {self.num_items}: rows "
+                f"would belong to other items. Run the graph stage again on these features."
+            )
+        rows = torch.arange(self.num_items).repeat_interleave(torch.from_numpy(np.diff(indptr)))
+        return SparseMatrix.from_entries(
+            rows,
+            torch.from_numpy(indices),
+            torch.from_numpy(values),
+            (self.num_items, self.num_items),
+        )
+
+
+def _load_array(path: Path) -> Array:
+    try:
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}. Run its stage again.") from error
+    return array

@@ -1,0 +1,214 @@
+"""The align stage: train until validation stops improving, write the best epoch's embeddings."""
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from alignrec import artifacts, checkpoint
+from alignrec.align.config import AlignConfig
+from alignrec.align.full_graph import FullGraphTrainer
+from alignrec.align.inputs import Inputs
+from alignrec.align.schedule import Selection, learning_rate
+from alignrec.align.validation import SELECTION_METRIC
+from alignrec.artifacts import Draft
+from alignrec.checkpoint import Checkpoint
+from alignrec.configuration import to_mapping
+from alignrec.distributed.process_group import barrier, process_group
+from alignrec.errors import UserError
+from alignrec.stage import Context
+from alignrec.telemetry import HISTORY, Telemetry
+
+_CHECKPOINTS = "checkpoints"
+
+
+class Trainer(Protocol):
+    """One mode of training; every rank calls the same methods in the same order.
+
+    Attributes:
+        num_steps: optimizer steps in an epoch.
+        num_triples: training interactions over all ranks.
+    """
+
+    num_steps: int
+    num_triples: int
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[dict[str, Tensor]]:
+        """Take the steps of an epoch; yield the loss terms of each, over the whole batch."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Return validation metrics by name, the same on every rank."""
+        ...
+
+    def keep_best(self) -> None:
+        """Remember the parameters as they are now."""
+        ...
+
+    def save(self, folder: Path, step: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint of parameters, optimizer, best parameters and ``state``."""
+        ...
+
+    def restore(self, saved: Checkpoint) -> dict[str, Any]:
+        """Continue from a checkpoint; return its ``state``."""
+        ...
+
+    def write_best(self, draft: Draft) -> None:
+        """Write ``model.safetensors`` and ``embeddings.safetensors`` of the best parameters."""
+        ...
+
+
+@dataclasses.dataclass
+class Position:
+    """How far training is.
+
+    Attributes:
+        epoch: epoch in progress.
+        step: steps of that epoch that are done.
+        selection: evaluations so far.
+        sums: loss terms, summed over the epoch so far.
+        train_seconds: time in steps.
+        evaluate_seconds: time in evaluations.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Position":
+        """Return what ``dataclasses.asdict`` made JSON of."""
+        return cls(**{**state, "selection": Selection(**state["selection"])})
+
+
+def run(config: AlignConfig, context: Context) -> None:
+    """Train on this rank; rank 0 writes the embeddings artifact.
+
+    Raises:
+        UserError: artifacts that do not belong together, or several ranks in mode full.
+    """
+    with process_group() as rank:
+        if config.mode == "full" and rank.world_size > 1:
+            raise UserError(
+                f"mode full is one process, but {rank.world_size} ranks were started: all would "
+                f"train the same. Start one, or set align.mode=sampled."
+            )
+        inputs = Inputs.open(context.inputs)
+        if rank.is_first:
+            artifacts.open_draft(context.output, fingerprint=context.fingerprint)
+        barrier(rank)
+        draft = Draft(artifacts.partial_path(context.output))
+        with Telemetry(context.log_dir, context.log_dir.stem, enabled=rank.is_first) as telemetry:
+            trainer: Trainer = FullGraphTrainer(config, inputs, rank)
+            position = _fit(config, trainer, draft.work / _CHECKPOINTS, telemetry)
+            trainer.write_best(draft)
+        if rank.is_first:
+            shutil.copyfile(context.log_dir / HISTORY, draft.path / HISTORY)
+            _describe(draft, inputs, config, position)
+            artifacts.publish(
+                draft,
+                context.output,
+                kind="embeddings",
+                fingerprint=context.fingerprint,
+                config=to_mapping(config),
+                inputs=context.inputs,
+            )
+        barrier(rank)
+
+
+def _fit(
+    config: AlignConfig, trainer: Trainer, checkpoints: Path, telemetry: Telemetry
+) -> Position:
+    position = _resume(trainer, checkpoints, telemetry)
+    done = position.epoch * trainer.num_steps + position.step
+    per_step = trainer.num_triples / trainer.num_steps
+    total = config.epochs * trainer.num_triples
+    with telemetry.progress(total, "triples", done=round(done * per_step)) as progress:
+        while position.epoch < config.epochs and position.selection.stale < config.patience:
+            with _timed(position, "train_seconds"):
+                for terms in trainer.steps(position.epoch, position.step):
+                    _count_step(position, terms)
+                    progress.update(round(per_step), note=_note(position))
+                    step = position.epoch * trainer.num_steps + position.step
+                    if step % config.checkpoint_steps == 0:
+                        trainer.save(checkpoints, step, dataclasses.asdict(position))
+            _finish_epoch(config, trainer, position, telemetry)
+    return position
+
+
+def _resume(trainer: Trainer, checkpoints: Path, telemetry: Telemetry) -> Position:
+    saved = checkpoint.latest(checkpoints)
+    if saved is None:
+        telemetry.rewind(0)
+        return Position()
+    position = Position.from_state(trainer.restore(saved))
+    # The row of a finished epoch is written after its last step, and again after this resume.
+    telemetry.rewind(position.epoch * trainer.num_steps)
+    telemetry.say(f"resuming at epoch {position.epoch}, step {position.step}")
+    return position
+
+
+def _count_step(position: Position, terms: Mapping[str, Tensor]) -> None:
+    position.step += 1
+    for name, term in terms.items():
+        position.sums[name] = position.sums.get(name, 0.0) + float(term)
+
+
+def _finish_epoch(
+    config: AlignConfig, trainer: Trainer, position: Position, telemetry: Telemetry
+) -> None:
+    """Log the epoch that is complete, evaluate where it is due, and go on to the next epoch."""
+    row = {f"loss/{name}": total / trainer.num_steps for name, total in position.sums.items()}
+    row["learning_rate"] = learning_rate(config, position.epoch)
+    row["epoch"] = position.epoch
+    last = position.epoch + 1 == config.epochs
+    if last or (position.epoch + 1) % config.evaluate_every == 0:
+        with _timed(position, "evaluate_seconds"):
+            metrics = trainer.evaluate()
+        if position.selection.offer(metrics, by=SELECTION_METRIC, epoch=position.epoch):
+            trainer.keep_best()
+        row |= {f"valid/{name}": value for name, value in metrics.items()}
+    position.epoch, position.step, position.sums = position.epoch + 1, 0, {}
+    seconds = position.train_seconds / position.epoch
+    row["triples_per_second"] = trainer.num_triples / max(seconds, 1e-9)
+    telemetry.log(row, step=position.epoch * trainer.num_steps)
+
+
+def _note(position: Position) -> str:
+    best = position.selection.metrics.get(SELECTION_METRIC)
+    found = f", best valid {SELECTION_METRIC} {best:.4f}" if best is not None else ""
+    return f"epoch {position.epoch}, bpr {position.sums['bpr'] / position.step:.4f}{found}"
+
+
+def _describe(draft: Draft, inputs: Inputs, config: AlignConfig, position: Position) -> None:
+    selection = position.selection
+    draft.counts |= {
+        "num_users": inputs.num_users,
+        "num_items": inputs.num_items,
+        "embedding_dim": config.embedding_dim,
+    }
+    draft.facts |= {
+        "best_epoch": selection.epoch,
+        "valid": selection.metrics,
+        "epochs_run": position.epoch,
+        "seconds_per_epoch": round(position.train_seconds / position.epoch, 4),
+        "evaluation_seconds": round(position.evaluate_seconds, 2),
+        "stopped_early": selection.stale >= config.patience,
+    }
+
+
+@contextlib.contextmanager
+def _timed(position: Position, field: str) -> Iterator[None]:
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        setattr(position, field, getattr(position, field) + time.monotonic() - start)
