@@ -1,0 +1,188 @@
+"""Settings of stage 1: encoder, objective, tokenizer, optimisation, DeepSpeed and loading."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from alignrec.configuration import option
+from alignrec.errors import UserError
+from alignrec.pretrain.architecture import Architecture
+
+SIZES = {
+    # name: layers, width, heads, hidden
+    "tiny": (4, 128, 4, 512),
+    "small": (12, 384, 6, 1536),
+    "base": (12, 768, 12, 3072),
+    "large": (24, 1024, 16, 4096),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of the multiway transformer."""
+
+    size: Literal["tiny", "small", "base", "large"] = option(
+        "tiny", "preset of layers / width / heads / hidden; base and large are BEiT-3's"
+    )
+    num_layers: int | None = option(None, "transformer layers, instead of the preset's", minimum=1)
+    width: int | None = option(None, "hidden state size, instead of the preset's", minimum=8)
+    num_heads: int | None = option(None, "attention heads, instead of the preset's", minimum=1)
+    hidden: int | None = option(None, "feed-forward size, instead of the preset's", minimum=8)
+    image_size: int = option(64, "side of the square picture in pixels", minimum=8)
+    patch_size: int = option(16, "side of a patch in pixels", minimum=2)
+    max_text_tokens: int = option(
+        128, "longest text in tokens, the two at its ends included", minimum=4, maximum=1022
+    )
+
+    def architecture(self, vocabulary_size: int) -> Architecture:
+        """Return the resolved shapes.
+
+        Raises:
+            UserError: sizes that do not divide each other.
+        """
+        layers, width, heads, hidden = SIZES[self.size]
+        width = self.width or width
+        heads = self.num_heads or heads
+        if width % heads:
+            raise UserError(
+                f"pretrain.encoder: width={width} cannot be split over num_heads={heads}. "
+                f"Choose a width that is a multiple of the number of heads."
+            )
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"pretrain.encoder: image_size={self.image_size} is no multiple of "
+                f"patch_size={self.patch_size}, so pixels would be left over. Change one of them."
+            )
+        return Architecture(
+            num_layers=self.num_layers or layers,
+            width=width,
+            num_heads=heads,
+            hidden=self.hidden or hidden,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            vocabulary_size=vocabulary_size,
+            max_text_tokens=self.max_text_tokens,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is masked and what is predicted."""
+
+    patch_ratio: float = option(
+        0.4, "share of patches masked, block-wise", minimum=0.0, maximum=0.95
+    )
+    paired_text_ratio: float = option(
+        0.5, "share of tokens masked in items with a picture", minimum=0.0, maximum=0.95
+    )
+    alone_text_ratio: float = option(
+        0.15, "share of tokens masked in items without a picture", minimum=0.0, maximum=0.95
+    )
+    normalise_patches: bool = option(
+        False, "predict each patch's pixels less its mean, over its deviation (as MAE does)"
+    )
+    image_weight: float = option(1.0, "weight of the picture loss beside the text loss", minimum=0)
+    predict_from_cls: bool = option(
+        True,
+        "predictions see the CLS state beside the masked position's, so that CLS learns to "
+        "summarise the item; false is BEiT-3's head",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from."""
+
+    path: Path | None = option(
+        None, "a Hugging Face tokenizer.json; without one it is trained on the catalogue's text"
+    )
+    vocabulary_size: int = option(
+        4096, "tokens of a trained tokenizer, at most (a smaller catalogue has fewer)", minimum=300
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """How samples are read."""
+
+    num_threads: int = option(
+        1, "threads a rank decodes with", minimum=1, maximum=64, affects_result=False
+    )
+    prefetch: int = option(
+        4, "micro batches a rank prepares ahead", minimum=0, maximum=1024, affects_result=False
+    )
+    block_size: int = option(256, "neighbouring samples that are shuffled as one block", minimum=1)
+    window_size: int = option(65_536, "samples that are shuffled among each other", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1: mask-then-predict over (picture, text) pairs.
+
+    The number of ranks, the micro batch and the ZeRO stage change only the order of float
+    summation, because masks, crops and batches are functions of (seed, epoch, item) and every loss
+    is averaged over the global batch; so they do not make a finished encoder stale.
+    """
+
+    num_ranks: int = option(1, "processes that train together", minimum=1, affects_result=False)
+    seed: int = option(0, "of weights, order, crops and masks", minimum=0)
+    encoder: EncoderConfig = option(EncoderConfig(), "shape of the encoder")
+    objective: ObjectiveConfig = option(ObjectiveConfig(), "what is masked and predicted")
+    tokenizer: TokenizerConfig = option(TokenizerConfig(), "where the tokenizer comes from")
+    loader: LoaderConfig = option(LoaderConfig(), "how samples are read")
+    epochs: int = option(10, "passes over the items", minimum=1)
+    max_steps: int | None = option(
+        None, "optimizer steps after which to stop, even within the epochs", minimum=1
+    )
+    valid_fraction: float = option(
+        0.05, "share of items kept out of training to judge predictions", minimum=0, maximum=0.5
+    )
+    global_batch_size: int = option(64, "items in one optimizer step, over all ranks", minimum=1)
+    micro_batch_size: int | None = option(
+        None,
+        "items of one rank in one forward pass; without one, the rank's whole share",
+        minimum=1,
+        affects_result=False,
+    )
+    learning_rate: float = option(1e-3, "peak learning rate", minimum=0)
+    warmup_fraction: float = option(
+        0.1, "share of the steps over which the rate rises from 0", minimum=0, maximum=1
+    )
+    final_rate_fraction: float = option(
+        0.05, "the cosine ends at this share of the peak rate", minimum=0, maximum=1
+    )
+    weight_decay: float = option(0.05, "AdamW's, on matrices only", minimum=0)
+    beta1: float = option(0.9, "AdamW's first moment decay", minimum=0, maximum=0.9999)
+    beta2: float = option(0.98, "AdamW's second moment decay", minimum=0, maximum=0.99999)
+    max_gradient_norm: float = option(
+        3.0, "gradients are clipped to this norm; 0: never", minimum=0
+    )
+    zero_stage: Literal[0, 1, 2, 3] = option(
+        2, "what DeepSpeed ZeRO partitions over ranks", affects_result=False
+    )
+    precision: Literal["fp32", "bf16"] = option("fp32", "number format of forward and backward")
+    checkpoint_steps: int = option(
+        200, "optimizer steps between checkpoints", minimum=1, affects_result=False
+    )
+    log_steps: int = option(10, "optimizer steps between log rows", minimum=1, affects_result=False)
+    timeout_seconds: float = option(
+        300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False
+    )
+
+    def split_batch(self, num_ranks: int) -> tuple[int, int]:
+        """Return (micro batch size, accumulation) for this number of ranks.
+
+        Raises:
+            UserError: global batch != micro batch x accumulation x ranks.
+        """
+        share, rest = divmod(self.global_batch_size, num_ranks)
+        micro = self.micro_batch_size or max(share, 1)
+        accumulation, over = divmod(share, micro)
+        if rest or over or accumulation == 0:
+            raise UserError(
+                f"pretrain.global_batch_size={self.global_batch_size} is not "
+                f"micro_batch_size={micro} x accumulation={max(accumulation, 1)} x "
+                f"ranks={num_ranks}, so a step would not be what was asked for. Make the global "
+                f"batch a multiple of {micro * num_ranks} or change micro_batch_size."
+            )
+        return micro, accumulation

@@ -1,0 +1,135 @@
+"""What the trainer reads: which items, how they are batched, masked and prefetched."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from alignrec.data.loader import ItemReader, Loader, MicroBatch, Plan
+from alignrec.data.order import held_out_rows
+from alignrec.data.shards import SampleTable, ShardReader
+from alignrec.errors import UserError
+from alignrec.pretrain.architecture import Architecture
+from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.masking import MaskSettings, draw_masks
+from alignrec.pretrain.objective import MaskedBatch
+from alignrec.pretrain.tokenizer import Words
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows of the sample table to train on, and rows kept out to judge predictions."""
+
+    train: Ints
+    held_out: Ints
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Everything that turns steps into masked batches on this rank."""
+
+    plan: Plan
+    split: Split
+    train_reader: ItemReader
+    whole_reader: ItemReader
+    masks: MaskSettings
+
+    def training_batch(self, batch: MicroBatch) -> MaskedBatch:
+        """Read, crop, tokenise and mask one micro batch."""
+        items = self.train_reader.read(batch)
+        return MaskedBatch.of(items, draw_masks(items, self.masks, epoch=batch.epoch))
+
+    def held_out_batch(self, batch: MicroBatch) -> MaskedBatch:
+        """Read whole pictures and mask them as in epoch 0."""
+        items = self.whole_reader.read(batch)
+        return MaskedBatch.of(items, draw_masks(items, self.masks, epoch=batch.epoch))
+
+    def rank_batches(self, first_step: int, last_step: int, rank: int) -> Iterator[MicroBatch]:
+        """Yield this rank's micro batches from one step up to before another."""
+        for step in range(first_step, last_step):
+            yield from self.plan.micro_batches(step, rank)
+
+
+def open_training_data(
+    dataset: Path, config: PretrainConfig, words: Words, *, num_ranks: int
+) -> TrainingData:
+    """Read the sample table and settle who reads what.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    table = SampleTable.read(dataset)
+    split = split_rows(table, config)
+    micro, accumulation = config.split_batch(num_ranks)
+    reader = ShardReader(dataset, table)
+    size = config.encoder.image_size
+    return TrainingData(
+        plan=Plan(
+            rows=split.train,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=micro,
+            num_ranks=num_ranks,
+            accumulation=accumulation,
+            block_size=config.loader.block_size,
+            window_size=config.loader.window_size,
+        ),
+        split=split,
+        train_reader=ItemReader(
+            reader,
+            words,
+            image_size=size,
+            padding_id=words.padding_id,
+            augment_seed=config.seed,
+        ),
+        whole_reader=ItemReader(reader, words, image_size=size, padding_id=words.padding_id),
+        masks=mask_settings(config, words),
+    )
+
+
+def split_rows(table: SampleTable, config: PretrainConfig) -> Split:
+    """Split by a hash of item_index, so that an item keeps its side when the catalogue grows."""
+    chosen = held_out_rows(table.item_index, fraction=config.valid_fraction, seed=config.seed)
+    split = Split(np.flatnonzero(~chosen), np.flatnonzero(chosen))
+    if len(split.train) == 0:
+        raise UserError(
+            f"none of the {len(table)} items is left to train on with "
+            f"pretrain.valid_fraction={config.valid_fraction}. Lower it."
+        )
+    return split
+
+
+def mask_settings(config: PretrainConfig, words: Words) -> MaskSettings:
+    """Return what decides the masks."""
+    architecture: Architecture = config.encoder.architecture(words.vocabulary_size)
+    return MaskSettings(
+        seed=config.seed,
+        patch_ratio=config.objective.patch_ratio,
+        paired_text_ratio=config.objective.paired_text_ratio,
+        alone_text_ratio=config.objective.alone_text_ratio,
+        patches_per_side=architecture.patches_per_side,
+        mask_id=words.mask_id,
+        first_word_id=words.first_word_id,
+        vocabulary_size=words.vocabulary_size,
+    )
+
+
+def make_loader(data: TrainingData, config: PretrainConfig) -> Loader[MaskedBatch]:
+    """Return the loader of training batches."""
+    return Loader(
+        data.training_batch,
+        num_threads=config.loader.num_threads,
+        prefetch=config.loader.prefetch,
+    )
+
+
+def equal_shares(rows: Ints, *, batch_size: int, rank: int, num_ranks: int) -> Iterable[MicroBatch]:
+    """Deal rows out in batches, equally many for each rank (the last may be empty)."""
+    num_batches = -(-len(rows) // batch_size)
+    for number in range(-(-num_batches // num_ranks)):
+        start = (number * num_ranks + rank) * batch_size
+        yield MicroBatch(0, rows[start : start + batch_size])

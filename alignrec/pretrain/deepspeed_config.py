@@ -1,0 +1,39 @@
+"""The JSON that DeepSpeed is given, derived from the settings in one place, without "auto"."""
+
+from typing import Any
+
+from alignrec.pretrain.config import PretrainConfig
+
+_NEVER = 10**9  # steps between DeepSpeed's own prints: telemetry reports instead
+
+
+def deepspeed_settings(config: PretrainConfig, *, num_ranks: int) -> dict[str, Any]:
+    """Return DeepSpeed's settings for this number of ranks.
+
+    The optimizer is not among them: it is torch's AdamW, handed to DeepSpeed as the client
+    optimizer, because DeepSpeed's own CPU Adam is compiled when it is first used.
+
+    Raises:
+        UserError: the global batch cannot be split over the ranks.
+    """
+    micro, accumulation = config.split_batch(num_ranks)
+    settings: dict[str, Any] = {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.max_gradient_norm,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # every parameter is partitioned, however small: the memory is what was asked for
+            "stage3_param_persistence_threshold": 0,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": _NEVER,
+        "wall_clock_breakdown": False,
+    }
+    if config.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        # sums over micro batches and ranks in fp32, as in an fp32 run
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
+    return settings

@@ -1,0 +1,173 @@
+"""The content encoder: picture and text of an item in, hidden states and one feature out.
+
+BEiT-3 (Wang et al. 2023) as torchscale's ``model/BEiT3.py`` builds it, with its parameter names.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own spelling
+from jaxtyping import Bool, Float, Int64, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignrec import artifacts, configuration
+from alignrec.errors import UserError
+from alignrec.pretrain.architecture import CHANNELS, Architecture
+from alignrec.pretrain.multiway import POSITION_OFFSET, MultiwayEncoder, Streams
+
+ARCHITECTURE = "encoder.json"
+WEIGHTS = "encoder.safetensors"
+Pooling = Literal["cls", "mean"]
+
+
+class PatchProjection(nn.Conv2d):
+    """The strided convolution of a vision transformer as a matrix product over given patches."""
+
+    def forward(self, patches: Float[Tensor, "batch patches values"]) -> Tensor:
+        """Return (batch, patches, width)."""
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class VisionEmbedding(nn.Module):
+    """Patches to vectors, masked ones replaced by a learned vector, a CLS vector in front."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        size, width = architecture.patch_size, architecture.width
+        self.proj = PatchProjection(CHANNELS, width, kernel_size=size, stride=size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+
+    def forward(
+        self,
+        patches: Float[Tensor, "batch patches values"],
+        masked: Bool[Tensor, "batch patches"] | None,
+    ) -> Tensor:
+        """Return (batch, 1 + patches, width)."""
+        x = self.proj(patches)
+        if masked is not None:
+            x = torch.where(masked[..., None], self.mask_token.to(x.dtype), x)
+        return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+
+
+class Encoder(nn.Module):
+    """BEiT-3: multiway transformer over [CLS, patches, text tokens]."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.text_embed = nn.Embedding(architecture.vocabulary_size, architecture.width)
+        self.vision_embed = VisionEmbedding(architecture)
+        self.encoder = MultiwayEncoder(
+            width=architecture.width,
+            num_layers=architecture.num_layers,
+            num_heads=architecture.num_heads,
+            hidden=architecture.hidden,
+            num_vision_positions=architecture.num_patches + 1 + POSITION_OFFSET,
+            num_text_positions=architecture.num_text_positions,
+        )
+
+    def forward(
+        self,
+        images: UInt8[Tensor, "batch size size 3"],
+        has_image: Bool[Tensor, " batch"],
+        tokens: Int64[Tensor, "batch length"],
+        text_padding: Bool[Tensor, "batch length"],
+        masked_patches: Bool[Tensor, "batch patches"] | None = None,
+    ) -> Streams:
+        """Encode items; patches of an absent picture and padded tokens are not attended to.
+
+        The CLS position is always attended to, so an item with neither picture nor text gets a
+        finite, meaningless state instead of NaN.
+        """
+        patches = patchify(images, self.architecture.patch_size)
+        vision = self.vision_embed(patches, masked_patches)
+        absent = ~has_image[:, None].expand(-1, vision.shape[1])
+        vision_padding = absent.clone()
+        vision_padding[:, 0] = False
+        streams = Streams(vision, self.text_embed(tokens))
+        result: Streams = self.encoder(streams, vision_padding, text_padding)
+        return result
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters from torch's default generator."""
+        nn.init.normal_(self.text_embed.weight, std=self.architecture.width**-0.5)
+        self.encoder.reset_parameters()
+
+
+def patchify(
+    images: UInt8[Tensor, "batch size size 3"], patch_size: int
+) -> Float[Tensor, "batch patches values"]:
+    """Cut pictures into patches and scale pixels to -1 .. 1 (mean = std = 0.5).
+
+    Values of a patch come in the order (channel, row, column) of a convolution's weight.
+    """
+    batch, size = images.shape[:2]
+    side = size // patch_size
+    # (batch, grid, patch, grid, patch, 3) -> (batch, grid, grid, 3, patch, patch)
+    grid = images.reshape(batch, side, patch_size, side, patch_size, CHANNELS)
+    patches = grid.permute(0, 1, 3, 5, 2, 4).reshape(batch, side * side, -1)
+    return patches.float() / 127.5 - 1.0
+
+
+def unpatchify(
+    patches: Float[Tensor, "batch patches values"], patch_size: int
+) -> UInt8[Tensor, "batch size size 3"]:
+    """Undo ``patchify``, rounding and clipping to 0 .. 255."""
+    batch, side = len(patches), math.isqrt(patches.shape[1])
+    # (batch, grid, grid, 3, patch, patch) -> (batch, grid, patch, grid, patch, 3)
+    grid = patches.reshape(batch, side, side, CHANNELS, patch_size, patch_size)
+    images = grid.permute(0, 1, 4, 2, 5, 3).reshape(batch, side * patch_size, -1, CHANNELS)
+    return ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def pool(
+    streams: Streams,
+    has_image: Bool[Tensor, " batch"],
+    text_padding: Bool[Tensor, "batch length"],
+    *,
+    pooling: Pooling,
+) -> Float[Tensor, "batch dim"]:
+    """Return one content feature per item.
+
+    Args:
+        streams: output of the encoder.
+        has_image: whether the item has a picture.
+        text_padding: True where no token is.
+        pooling: "cls": the CLS state, as in the paper (dim = width). "mean": mean of the patch
+            states beside the mean of the token states (dim = 2 x width); an absent half is zero.
+    """
+    if pooling == "cls":
+        return streams.vision[:, 0]
+    vision = streams.vision[:, 1:].mean(dim=1) * has_image[:, None]
+    kept = (~text_padding)[..., None].to(streams.text.dtype)
+    text = (streams.text * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1.0)
+    return torch.cat([vision, text], dim=1)
+
+
+def save_encoder(architecture: Architecture, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write ``encoder.json`` and ``encoder.safetensors`` (fp32)."""
+    artifacts.write_json(folder / ARCHITECTURE, dataclasses.asdict(architecture))
+    save_file({name: t.float().contiguous() for name, t in state.items()}, folder / WEIGHTS)
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """Return the encoder of an artifact, on CPU and in evaluation mode.
+
+    Raises:
+        UserError: the weights do not fit the architecture.
+    """
+    mapping = configuration.load_yaml(folder / ARCHITECTURE)  # JSON is YAML
+    encoder = Encoder(configuration.build(Architecture, mapping, section=ARCHITECTURE))
+    try:
+        encoder.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{folder / WEIGHTS} does not hold the weights of {ARCHITECTURE} beside it "
+            f"({str(error).splitlines()[0]}). Run pretrain again."
+        ) from error
+    return encoder.eval()

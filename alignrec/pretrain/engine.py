@@ -1,0 +1,179 @@
+"""DeepSpeed around the model, and its state without its pickles (objective -> training).
+
+The trainer sees one interface for every ZeRO stage: forward and backward of a micro batch, a step,
+and full fp32 tensors by parameter name for checkpoints, so that a run can go on with another number
+of ranks or another stage.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from alignrec.distributed.process_group import Rank
+from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.deepspeed_config import deepspeed_settings
+from alignrec.pretrain.objective import MaskedBatch, MaskedModel, Predictions
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """A model under DeepSpeed with torch's AdamW."""
+
+    def __init__(self, model: MaskedModel, config: PretrainConfig, rank: Rank) -> None:
+        deepspeed = _import_deepspeed()
+        settings = deepspeed_settings(config, num_ranks=rank.world_size)
+        self._gradient_scale = rank.world_size * settings["gradient_accumulation_steps"]
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
+        )
+        self._link_optimizer_state()
+
+    @property
+    def model(self) -> MaskedModel:
+        """The wrapped model; under ZeRO-3 its parameters are empty outside of forward."""
+        module: MaskedModel = self._engine.module
+        return module
+
+    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor, Predictions]:
+        """Return the model's loss sums and predictions."""
+        result: tuple[Tensor, Tensor, Predictions] = self._engine(batch)
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, this rank's addend of the global loss.
+
+        DeepSpeed averages over ranks and micro steps; the scale makes that the sum.
+        """
+        self._engine.backward(loss * self._gradient_scale)
+
+    def step(self, learning_rate: float) -> None:
+        """End a micro step; at the last one of a step the parameters move."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, full fp32 value) of every parameter; every rank must exhaust it alike."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.model.named_parameters():
+            value = safe_get_full_fp32_param(parameter)
+            yield name, (parameter if value is None else value).detach()
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters and, as "name/exp_avg", moments; all full and in fp32."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        yield from self.parameters()
+        for name, parameter in self.model.named_parameters():
+            for moment in MOMENTS:
+                if self._keeps_own_state(parameter):
+                    yield f"{name}/{moment}", self._optimizer.state[parameter][moment]
+                else:
+                    yield f"{name}/{moment}", safe_get_full_optimizer_state(parameter, moment)
+
+    def load_state(self, state: dict[str, Tensor], step: int) -> None:
+        """Take over what ``state`` gave after ``step`` optimizer steps, under any ranks and stage.
+
+        The model must have been built with the same parameters: DeepSpeed copies those at
+        initialisation, and here only its fp32 masters and the moments are set.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, parameter in self.model.named_parameters():
+            if self._keeps_own_state(parameter):
+                own = self._optimizer.state[parameter]
+                for moment in MOMENTS:
+                    own[moment].copy_(state[f"{name}/{moment}"])
+                continue
+            safe_set_full_fp32_param(parameter, state[name])
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{name}/{moment}"], moment)
+        for own in self._optimizer.state.values():
+            own["step"].fill_(float(step))
+
+    def _keeps_own_state(self, parameter: nn.Parameter) -> bool:
+        """Whether DeepSpeed leaves this parameter to the optimizer as it is (ZeRO-0 in fp32)."""
+        return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+
+    def _link_optimizer_state(self) -> None:
+        """Create AdamW's state now and tell DeepSpeed where it lies.
+
+        DeepSpeed's stages 1 and 2 look for it after the first parameter group's first step, when
+        the second group has none yet, so ``safe_get_full_optimizer_state`` fails for that group
+        (deepspeed 0.19.8, zero/stage_1_and_2.py, _lazy_init_hp_params_optimizer_state).
+        """
+        groups = self._optimizer.param_groups
+        for group in groups:
+            for parameter in group["params"]:
+                state = self._optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        for parameter in self.model.parameters():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                flat = groups[mapping.param_group_index]["params"][0]
+                mapping.set_optim_state_fragment(flat, self._optimizer.state[flat])
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return matrices with weight decay, and vectors (biases, LayerNorms, CLS, mask) without."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        (vectors if max(parameter.shape) == parameter.numel() else matrices).append(parameter)
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+@contextlib.contextmanager
+def deepspeed_group() -> Iterator[None]:
+    """Have a process group even for one rank, and keep torch's notes to DeepSpeed from the user."""
+    owner = not dist.is_initialized()
+    if owner:
+        dist.init_process_group(
+            "gloo",
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+            timeout=datetime.timedelta(seconds=60),
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.distributed.*is deprecated", FutureWarning)
+            yield
+    finally:
+        if owner:
+            dist.destroy_process_group()
+
+
+def _import_deepspeed() -> Any:  # noqa: ANN401 - a module without types
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed would compile a shared-memory all-reduce for CPU ranks of one host on first use
+    # (40 s, needs a compiler); its segments outlive a SIGKILL and its waiting ranks spin.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,180 @@
+"""Multiway transformer of BEiT-3: vision and text positions share attention and nothing else.
+
+Module names follow torchscale (architecture/encoder.py), so that state dicts map one to one:
+``A`` is the vision branch, ``B`` the text branch. Both streams are kept apart and joined only for
+the softmax attention, which costs no masks and no scatter.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own spelling
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-5
+POSITION_OFFSET = 2  # fairseq's first position index
+
+
+class Streams(NamedTuple):
+    """Hidden states: vision ``(batch, 1 + patches, width)`` and text ``(batch, length, width)``."""
+
+    vision: Tensor
+    text: Tensor
+
+
+class Multiway(nn.Module):
+    """Two copies of a module: A for vision positions, B for text positions."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.A = make()
+        self.B = make()
+
+    def forward(self, streams: Streams) -> Streams:
+        """Apply each copy to its stream."""
+        return Streams(self.A(streams.vision), self.B(streams.text))
+
+
+def multiway_linear(inputs: int, outputs: int) -> Multiway:
+    """Return a linear layer for each modality."""
+    return Multiway(lambda: nn.Linear(inputs, outputs))
+
+
+def multiway_norm(width: int) -> Multiway:
+    """Return a LayerNorm for each modality."""
+    return Multiway(lambda: nn.LayerNorm(width, eps=LAYER_NORM_EPS))
+
+
+class Attention(nn.Module):
+    """Softmax attention over the joint sequence, with a LayerNorm before the output (sub-LN)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.k_proj = multiway_linear(width, width)
+        self.v_proj = multiway_linear(width, width)
+        self.q_proj = multiway_linear(width, width)
+        self.out_proj = multiway_linear(width, width)
+        self.inner_attn_ln = multiway_norm(width)
+
+    def forward(self, streams: Streams, keys: Bool[Tensor, "batch 1 1 joint"]) -> Streams:
+        """Attend; ``keys`` is True where a position may be attended to."""
+        query, key, value = (
+            self._heads(torch.cat(projection(streams), dim=1))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keys)
+        joined = mixed.transpose(1, 2).flatten(2)  # (batch, joint, width)
+        num_vision = streams.vision.shape[1]
+        split = Streams(joined[:, :num_vision], joined[:, num_vision:])
+        result: Streams = self.out_proj(self.inner_attn_ln(split))
+        return result
+
+    def _heads(self, joint: Float[Tensor, "batch joint width"]) -> Tensor:
+        batch, length, _ = joint.shape
+        return joint.view(batch, length, self.num_heads, -1).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """fc1, GELU, LayerNorm (sub-LN), fc2."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.ffn_layernorm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Float[Tensor, "batch length width"]) -> Tensor:
+        """Apply to each position."""
+        result: Tensor = self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+        return result
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer with residual connections."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, num_heads)
+        self.self_attn_layer_norm = multiway_norm(width)
+        self.ffn = Multiway(lambda: FeedForward(width, hidden))
+        self.final_layer_norm = multiway_norm(width)
+
+    def forward(self, streams: Streams, keys: Bool[Tensor, "batch 1 1 joint"]) -> Streams:
+        """Attend over the joint sequence, then transform each position."""
+        streams = _add(streams, self.self_attn(self.self_attn_layer_norm(streams), keys))
+        return _add(streams, self.ffn(self.final_layer_norm(streams)))
+
+
+class PositionEmbedding(nn.Embedding):
+    """Learned positions whose first index is 2."""
+
+    def __init__(self, num_positions: int, width: int) -> None:
+        super().__init__(num_positions, width)
+
+    def forward(self, x: Float[Tensor, "batch length width"]) -> Tensor:
+        """Return the embedding of positions 0 .. length - 1."""
+        positions = torch.arange(x.shape[1], device=x.device) + POSITION_OFFSET
+        return super().forward(positions)
+
+
+class MultiwayEncoder(nn.Module):
+    """Positions, layers and the final LayerNorm."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        hidden: int,
+        num_vision_positions: int,
+        num_text_positions: int,
+    ) -> None:
+        super().__init__()
+        self.embed_positions = Multiway(nn.Identity)
+        self.embed_positions.A = PositionEmbedding(num_vision_positions, width)
+        self.embed_positions.B = PositionEmbedding(num_text_positions, width)
+        self.layers = nn.ModuleList(Layer(width, num_heads, hidden) for _ in range(num_layers))
+        self.layer_norm = multiway_norm(width)
+
+    def forward(
+        self,
+        streams: Streams,
+        vision_padding: Bool[Tensor, "batch vision"],
+        text_padding: Bool[Tensor, "batch text"],
+    ) -> Streams:
+        """Encode; padded positions (True) are zeroed and not attended to."""
+        streams = _add(streams, self.embed_positions(streams))
+        padding = torch.cat([vision_padding, text_padding], dim=1)
+        keys = ~padding[:, None, None, :]
+        streams = Streams(
+            streams.vision.masked_fill(vision_padding[..., None], 0.0),
+            streams.text.masked_fill(text_padding[..., None], 0.0),
+        )
+        for layer in self.layers:
+            streams = layer(streams, keys)
+        result: Streams = self.layer_norm(streams)
+        return result
+
+    def reset_parameters(self) -> None:
+        """Initialise as torchscale does with sub-LN: Xavier attention, scaled by depth."""
+        scale = math.sqrt(math.log(len(self.layers) * 2))
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2 or "layer_norm" in name or "layernorm" in name:
+                continue
+            if "embed_positions" in name:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            elif "self_attn" in name:
+                gain = 1.0 if "out_proj" in name else 1.0 / math.sqrt(2.0)
+                nn.init.xavier_uniform_(parameter, gain=gain)
+            if any(part in name for part in ("fc1", "fc2", "out_proj", "v_proj")):
+                with torch.no_grad():
+                    parameter.mul_(scale)
+
+
+def _add(a: Streams, b: Streams) -> Streams:
+    return Streams(a.vision + b.vision, a.text + b.text)

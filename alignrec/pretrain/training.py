@@ -1,0 +1,291 @@
+"""Stage 1: train the encoder by mask-then-predict (dataset -> encoder)."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alignrec import artifacts, checkpoint, configuration
+from alignrec.distributed.peers import lost_peers_reported
+from alignrec.distributed.process_group import Rank, all_reduce_sum, barrier, process_group
+from alignrec.errors import StageFailure
+from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
+from alignrec.pretrain.encoder import save_encoder
+from alignrec.pretrain.engine import Engine, deepspeed_group
+from alignrec.pretrain.held_out import judge, write_reconstructions
+from alignrec.pretrain.objective import MaskedBatch, MaskedModel, build_model
+from alignrec.pretrain.schedule import learning_rate
+from alignrec.pretrain.tokenizer import TOKENIZER, Words, load_words, write_tokenizer
+from alignrec.stage import Context
+from alignrec.telemetry import HISTORY, Telemetry
+
+CHECKPOINTS = "checkpoints"
+_ITEMS_NAMED = 8
+
+
+def run(config: PretrainConfig, context: Context) -> None:
+    """Train on this rank; rank 0 writes the artifact."""
+    with (
+        process_group(timeout_seconds=config.timeout_seconds) as rank,
+        deepspeed_group(),
+        Telemetry(context.log_dir, "pretrain", enabled=rank.is_first) as telemetry,
+        lost_peers_reported(rank, doing="pretraining"),
+    ):
+        config.split_batch(rank.world_size)  # a mistake here is told before anything is written
+        draft = _open_draft(config, context, rank)
+        words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
+        data = open_training_data(
+            context.inputs["dataset"], config, words, num_ranks=rank.world_size
+        )
+        trainer = Trainer(config, data, words, rank, telemetry, draft.path)
+        trainer.resume()
+        trainer.train()
+        _finish(trainer, draft, context)
+
+
+def _open_draft(config: PretrainConfig, context: Context, rank: Rank) -> artifacts.Draft:
+    if rank.is_first:
+        draft = artifacts.open_draft(context.output, fingerprint=context.fingerprint)
+        if not (draft.path / TOKENIZER).exists():
+            written = draft.work / TOKENIZER
+            write_tokenizer(context.inputs["dataset"], config.tokenizer, written)
+            written.replace(draft.path / TOKENIZER)
+    barrier(rank)
+    return artifacts.Draft(artifacts.partial_path(context.output))
+
+
+@dataclasses.dataclass
+class StepSums:
+    """Sums over the masked positions of one optimizer step, over all ranks when reduced."""
+
+    text_loss: float = 0.0
+    image_loss: float = 0.0
+    hits: float = 0.0
+    num_items: float = 0.0
+
+    def tensor(self) -> Tensor:
+        """Return the sums as float64."""
+        return torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
+
+
+class Trainer:
+    """The training loop of one rank with its place in the run."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        data: TrainingData,
+        words: Words,
+        rank: Rank,
+        telemetry: Telemetry,
+        folder: Path,
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.words = words
+        self.rank = rank
+        self.telemetry = telemetry
+        self.checkpoints = folder / artifacts.WORK / CHECKPOINTS
+        self.step = 0
+        self.num_steps = config.epochs * data.plan.steps_per_epoch
+        if config.max_steps is not None:
+            self.num_steps = min(self.num_steps, config.max_steps)
+        self.samples_per_second = 0.0
+        self.engine: Engine
+
+    def resume(self) -> None:
+        """Build the model and go on from the newest checkpoint, if there is one."""
+        config = self.config
+        model = build_model(
+            config.encoder.architecture(self.words.vocabulary_size),
+            predict_from_cls=config.objective.predict_from_cls,
+            normalise_patches=config.objective.normalise_patches,
+            seed=config.seed,
+        )
+        found = checkpoint.latest(self.checkpoints)
+        barrier(self.rank)
+        state = _load_state(found) if found else {}
+        if found:
+            self.step = found.step
+            model.load_state_dict({n: t for n, t in state.items() if "/" not in n})
+        self.telemetry.rewind(self.step)
+        self._describe(model, resumed=found is not None)
+        self.engine = Engine(model.to(self.rank.device), config, self.rank)
+        if found:
+            self.engine.load_state(state, self.step)
+
+    def train(self) -> None:
+        """Do the steps that are left."""
+        if self.step >= self.num_steps:
+            return
+        plan, size = self.data.plan, self.config.global_batch_size
+        loader = make_loader(self.data, self.config)
+        stream = loader.batches(self.data.rank_batches(self.step, self.num_steps, self.rank.index))
+        with self.telemetry.progress(
+            self.num_steps * size, "samples", done=self.step * size
+        ) as progress:
+            start, waited = time.monotonic(), loader.wait_seconds
+            num_items = 0.0
+            while self.step < self.num_steps:
+                batches = [next(stream).to(self.rank.device) for _ in range(plan.accumulation)]
+                values = self._one_step(batches)
+                num_items += values.pop("num_items")
+                progress.update(size, note=f"loss {values['loss']:.3f}")
+                if self.step % self.config.log_steps == 0 or self.step == self.num_steps:
+                    took = time.monotonic() - start
+                    values["samples_per_second"] = num_items / took
+                    values["data_wait_share"] = (loader.wait_seconds - waited) / took
+                    self.telemetry.log(values, step=self.step)
+                    start, waited, num_items = time.monotonic(), loader.wait_seconds, 0.0
+                if self.step % self.config.checkpoint_steps == 0 or self.step == self.num_steps:
+                    self.save()
+            self.samples_per_second = progress.rate
+
+    def save(self) -> None:
+        """Write a checkpoint that any number of ranks and any ZeRO stage can go on from."""
+        own = {
+            name: tensor.float().cpu()
+            for number, (name, tensor) in enumerate(self.engine.state())
+            if number % self.rank.world_size == self.rank.index
+        }
+        checkpoint.save(
+            self.checkpoints,
+            self.step,
+            tensors=own,
+            state={"num_steps": self.num_steps},
+            rank=self.rank,
+        )
+
+    def _one_step(self, batches: list[MaskedBatch]) -> dict[str, float]:
+        """Move the parameters once by the gradient of the loss over the global batch."""
+        counts = torch.stack([batch.counts() for batch in batches]).sum(dim=0)
+        num_words, num_patches = all_reduce_sum(counts, self.rank).clamp(min=1.0).tolist()
+        rate = learning_rate(self.config, step=self.step, num_steps=self.num_steps)
+        weight = self.config.objective.image_weight
+        sums, bad_items = StepSums(), torch.full((_ITEMS_NAMED,), -1, dtype=torch.int64)
+        for batch in batches:
+            text_loss, image_loss, predictions = self.engine.forward(batch)
+            loss = text_loss / num_words + weight * image_loss / num_patches
+            self.engine.backward(loss)
+            self.engine.step(rate)
+            sums.text_loss += text_loss.item()
+            sums.image_loss += image_loss.item()
+            goals = batch.targets[batch.masked_text]
+            sums.hits += (predictions.logits.argmax(dim=1) == goals).sum().item()
+            sums.num_items += (batch.item_index >= 0).sum().item()
+            if not torch.isfinite(loss) and bad_items[0] < 0:
+                named = batch.item_index[:_ITEMS_NAMED].cpu()
+                bad_items[: len(named)] = named
+        total = StepSums(*all_reduce_sum(sums.tensor().to(self.rank.device), self.rank).tolist())
+        self.step += 1
+        self._stop_at_nan(total, bad_items)
+        text, image = total.text_loss / num_words, total.image_loss / num_patches
+        return {
+            "loss": text + weight * image,
+            "loss/text": text,
+            "loss/image": image,
+            "text_accuracy": total.hits / num_words,
+            "learning_rate": rate,
+            "epoch": self.step / self.data.plan.steps_per_epoch,
+            "num_items": total.num_items,
+        }
+
+    def _stop_at_nan(self, total: StepSums, bad_items: Tensor) -> None:
+        """Fail on every rank when the loss of any of them is not a number."""
+        if torch.isfinite(total.tensor()).all():
+            return
+        lists = [bad_items.clone().to(self.rank.device) for _ in range(self.rank.world_size)]
+        if self.rank.world_size > 1:
+            dist.all_gather(lists, lists[self.rank.index])
+        items = sorted({int(i) for part in lists for i in part.tolist() if i >= 0})
+        raise StageFailure(
+            f"the loss is not a number at step {self.step} (among item_index "
+            f"{', '.join(map(str, items))}), so training cannot go on; the last checkpoint is "
+            f"whole. Lower pretrain.learning_rate or pretrain.max_gradient_norm and run again."
+        )
+
+    def _describe(self, model: MaskedModel, *, resumed: bool) -> None:
+        config, plan = self.config, self.data.plan
+        count = sum(p.numel() for p in model.encoder.parameters())
+        self.telemetry.say(
+            f"{count / 1e6:.2f} M parameters, {len(plan.rows):,} items "
+            f"({len(self.data.split.held_out):,} held out), {self.num_steps:,} steps of "
+            f"{config.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation} x "
+            f"{plan.num_ranks} ranks, ZeRO-{config.zero_stage}, {config.precision}"
+            + (f"; resumed after step {self.step}" if resumed else "")
+        )
+
+
+def _load_state(found: checkpoint.Checkpoint) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for index in range(found.world_size):
+        tensors, _ = found.load(index)
+        state |= tensors
+    return state
+
+
+def _finish(trainer: Trainer, draft: artifacts.Draft, context: Context) -> None:
+    """Judge the trained model and publish the artifact."""
+    rank, data, telemetry = trainer.rank, trainer.data, trainer.telemetry
+    judged = judge(trainer.engine, data, rank, batch_size=data.plan.micro_batch_size)
+    for line in _verdict(judged):
+        telemetry.say(line)
+    write_reconstructions(trainer.engine, data, trainer.words, rank, draft.path)
+    weights = {name: tensor.cpu() for name, tensor in _kept(trainer.engine, rank)}
+    if rank.is_first:
+        encoder = trainer.engine.model.encoder
+        save_encoder(encoder.architecture, draft.path, weights)
+        shutil.copyfile(telemetry.path, draft.path / HISTORY)
+        draft.counts |= {
+            "num_parameters": sum(tensor.numel() for tensor in weights.values()),
+            "num_steps": trainer.num_steps,
+            "num_samples": len(data.plan.rows),
+        }
+        draft.facts |= _facts(trainer, judged)
+        artifacts.publish(
+            draft,
+            context.output,
+            kind="encoder",
+            fingerprint=context.fingerprint,
+            config=configuration.to_mapping(trainer.config),
+            inputs=context.inputs,
+        )
+    barrier(rank)
+
+
+def _kept(engine: Engine, rank: Rank) -> Iterator[tuple[str, Tensor]]:
+    """Yield the encoder's parameters on rank 0; the other ranks only take part."""
+    for name, tensor in engine.parameters():
+        if rank.is_first and name.startswith("encoder."):
+            yield name.removeprefix("encoder."), tensor
+
+
+def _facts(trainer: Trainer, judged: dict[str, float]) -> dict[str, Any]:
+    return {
+        "held_out": judged,
+        "num_held_out": len(trainer.data.split.held_out),
+        "samples_per_second": round(trainer.samples_per_second, 2),
+        "num_ranks": trainer.rank.world_size,
+        "zero_stage": trainer.config.zero_stage,
+    }
+
+
+def _verdict(judged: dict[str, float]) -> Iterator[str]:
+    if "text_loss" in judged:
+        yield (
+            f"held-out tokens: {judged['text_accuracy']:.1%} right (most frequent token: "
+            f"{judged['text_accuracy_unigram']:.1%}), loss {judged['text_loss']:.3f} (unigram: "
+            f"{judged['text_loss_unigram']:.3f})"
+        )
+    if "image_loss" in judged:
+        yield (
+            f"held-out patches: squared error {judged['image_loss']:.4f} (mean patch: "
+            f"{judged['image_loss_mean_patch']:.4f})"
+        )
