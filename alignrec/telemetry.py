@@ -34,7 +34,7 @@ class Telemetry:
         self.path = log_dir / HISTORY
         self._tensorboard: Any = None
         self._gauges: dict[str, Any] = {}
-        self._ray = _ray_metrics() if enabled else None
+        self._ray: Any = None  # looked up when needed: a stage may start Ray after this
         if enabled:
             log_dir.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
@@ -111,6 +111,7 @@ class Telemetry:
         return self._tensorboard
 
     def _set_gauge(self, name: str, value: float) -> None:
+        self._ray = self._ray or (_ray_metrics() if self.enabled else None)
         if self._ray is None:
             return
         plain = "alignrec_" + "".join(c if c.isalnum() else "_" for c in f"{self.stage}_{name}")

@@ -21,7 +21,7 @@ from data_prep.config import ItemColumns
 from data_prep.locations import RawFile
 from data_prep.quarantine import Quarantine, Reason
 from data_prep.shards import TEXT_PREFIX, TITLE
-from data_prep.tables import Columns, MalformedRow, read_batches
+from data_prep.tables import Columns, MalformedRow, check_columns, read_batches
 
 SETTING = "data_prep.items.columns"
 MAX_KEY_BYTES = 256
@@ -51,6 +51,7 @@ def read_keys(files: Sequence[RawFile], columns: ItemColumns, quarantine: Quaran
     Raises:
         UserError: the table has no item at all.
     """
+    check_columns(files, _all_columns(columns))
     malformed: list[MalformedRow] = []
     wanted = Columns(SETTING, text=(columns.key,))
     batches = [batch[columns.key] for batch in read_batches(files, wanted, malformed)]
@@ -147,10 +148,8 @@ def _rows(
     files: Sequence[RawFile], columns: ItemColumns, is_item: npt.NDArray[np.bool_]
 ) -> Iterator[pa.Table]:
     """Yield the items' rows with the columns that a shard task expects."""
-    optional = [name for name in (columns.title, columns.image) if name is not None]
-    wanted = Columns(SETTING, text=(columns.key, *columns.text, *optional))
     start = index = 0
-    for batch in read_batches(files, wanted, []):
+    for batch in read_batches(files, _all_columns(columns), []):
         kept = batch.filter(pa.array(is_item[start : start + len(batch)]))
         start += len(batch)
         nothing = pa.nulls(len(kept), pa.string())
@@ -165,6 +164,11 @@ def _rows(
             }
         )
         index += len(kept)
+
+
+def _all_columns(columns: ItemColumns) -> Columns:
+    optional = [name for name in (columns.title, columns.image) if name is not None]
+    return Columns(SETTING, text=(columns.key, *columns.text, *optional))
 
 
 def _rechunk(tables: Iterator[pa.Table], max_rows: int) -> Iterator[pa.Table]:

@@ -168,6 +168,7 @@ class DataPrepConfig:
         "largest share of bad items, pictures or interactions (each by itself)",
         minimum=0.0,
         maximum=1.0,
+        affects_result=False,
     )
     num_cpus: int | None = option(
         None, "CPUs to use at most; null: all of Ray's", minimum=1, affects_result=False

@@ -16,6 +16,12 @@ from alignrec.errors import StageFailure, UserError
 from data_prep.config import DataPrepConfig
 from data_prep.shards import ShardPlan, write_shard
 
+# They warn of what is meant: token authentication is on, Ray Data draws no progress bars.
+_CHATTY_LOGGERS = (
+    "ray._private.authentication.authentication_token_setup",
+    "ray.data._internal.progress",
+)
+
 
 @contextlib.contextmanager
 def session(config: DataPrepConfig) -> Iterator[None]:
@@ -52,8 +58,6 @@ def run_shards(
     Raises:
         StageFailure: a task failed for another reason than bad data.
     """
-    if not chunks:
-        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     rows = [{"chunk": chunk} for chunk in chunks]
@@ -79,7 +83,8 @@ def bad_reasons(summary: dict[str, Any]) -> Counter[str]:
 def _connect(config: DataPrepConfig) -> None:
     # Ray warns about its future treatment of machines without accelerators.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for chatty in _CHATTY_LOGGERS:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:

@@ -24,6 +24,8 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 _NUMBER = r"^\s*[+-]?\d{1,15}(\.\d*)?\s*$"
 _MAX_RATING = 1e9
+_MAX_TIME = 2.0**62
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +236,7 @@ def to_ratings(
         return np.full(num_rows, np.nan, dtype=np.float32), np.zeros(num_rows, dtype=bool)
     numbers, unreadable = _to_numbers(column)
     values = pc.fill_null(numbers.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
-    given = numbers.is_valid().to_numpy(zero_copy_only=False)
-    bad = unreadable | (given & ~(np.abs(values) <= _MAX_RATING))
+    bad = unreadable | (np.abs(values) > _MAX_RATING)  # NaN: unknown, as pandas writes it
     return np.where(bad, np.nan, values).astype(np.float32), bad
 
 
@@ -253,8 +254,9 @@ def to_timestamps(column: pa.ChunkedArray | None, num_rows: int) -> tuple[Ints, 
     text = pa.types.is_string(column.type)
     dates = _to_dates(column) if text else pa.nulls(num_rows, pa.int64())
     numbers, unreadable = _to_numbers(column)
-    finite = pc.if_else(pc.less(pc.abs(numbers.cast(pa.float64())), 2.0**62), numbers, None)
-    overflow = _mask(numbers.is_valid()) & ~_mask(finite.is_valid())
+    size = pc.abs(numbers.cast(pa.float64()))
+    overflow = _mask(pc.fill_null(pc.greater_equal(size, _MAX_TIME), False))
+    finite = pc.if_else(pc.less(size, _MAX_TIME), numbers, None)  # NaN: unknown
     whole = pc.coalesce(finite.cast(pa.int64(), safe=False), dates)
     bad = (unreadable & ~_mask(dates.is_valid())) | overflow
     return _filled(whole), _mask(whole.is_valid()), bad
@@ -330,11 +332,9 @@ def statistics(log: Log) -> Mapping[str, Any]:
     for name, values in (("per_user", log.user), ("per_item", log.item)):
         counts = np.bincount(values)
         counts = counts[counts > 0]
-        quantiles = np.quantile(counts, [0.0, 0.25, 0.5, 0.75, 0.95, 1.0])
+        quantiles = np.quantile(counts, _QUANTILES).round(1).tolist()
         result[name] = {
             "mean": round(float(counts.mean()), 2),
-            "quantiles": dict(
-                zip(("0", "0.25", "0.5", "0.75", "0.95", "1"), map(float, quantiles), strict=True)
-            ),
+            "quantiles": dict(zip(map(str, _QUANTILES), quantiles, strict=True)),
         }
     return result

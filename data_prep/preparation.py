@@ -3,7 +3,6 @@
 The order is chosen so that mistakes show early: the log is read before any picture is.
 """
 
-import contextlib
 import dataclasses
 import json
 from collections import Counter
@@ -52,15 +51,13 @@ def run(config: DataPrepConfig, context: Context) -> None:
             config=configuration.to_mapping(config),
             inputs={},
         ) as draft,
-        contextlib.ExitStack() as stack,
+        Telemetry(context.log_dir, STAGE_NAME) as telemetry,
     ):
+        preparation = _Preparation(config, context, draft, telemetry)
         if config.source == "mmrec":
-            telemetry = stack.enter_context(Telemetry(context.log_dir, STAGE_NAME))
-            _Preparation(config, context, draft, telemetry).run_mmrec()
+            preparation.run_mmrec()
         else:
-            stack.enter_context(engine.session(config))
-            telemetry = stack.enter_context(Telemetry(context.log_dir, STAGE_NAME))
-            _Preparation(config, context, draft, telemetry).run_catalogue()
+            preparation.run_catalogue()
 
 
 @dataclasses.dataclass
@@ -229,7 +226,9 @@ class _Preparation:
                 bad.update(engine.bad_reasons(summary))
                 bar.update(summary["num_items"], note=f"{bad.total():,} bad pictures")
 
-            engine.run_shards(plan, left, num_cpus=self.config.num_cpus, finished=finished)
+            if left:
+                with engine.session(self.config):
+                    engine.run_shards(plan, left, num_cpus=self.config.num_cpus, finished=finished)
         tally = Tally()
         for chunk in range(num_chunks):
             tally.merge(json.loads(plan.done_path(chunk).read_text())["tally"])

@@ -85,6 +85,15 @@ def read_batches(
             ) from error
 
 
+def check_columns(files: Sequence[RawFile], columns: Columns) -> None:
+    """Read the beginning of the first file, so that a misspelt column shows before any work.
+
+    Raises:
+        UserError: as ``read_batches``.
+    """
+    next(read_batches(files[:1], columns, []), None)
+
+
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column of any type as valid UTF-8 strings; nulls stay.
 
@@ -277,9 +286,9 @@ def _check_columns(file: RawFile, columns: Columns, present: Sequence[str]) -> N
         if name in present:
             continue
         close = nearest(name, present)
-        hint = f"Did you mean {' or '.join(close)}?" if close else ""
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise UserError(
-            f"{file.url} has no column {name!r}, which {columns.setting} names. {hint} Columns "
+            f"{file.url} has no column {name!r}, which {columns.setting} names.{hint} Columns "
             f"there: {', '.join(present) or 'none'}."
         )
 

@@ -1,0 +1,70 @@
+"""Settings of data preparation: mistakes are named, results and speed are told apart."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignrec import configuration
+from alignrec.errors import UserError
+from alignrec.stage import ReadsSources
+from data_prep import STAGE
+from data_prep.config import DataPrepConfig
+
+TABLES = {"items": {"path": "i.parquet"}, "interactions": {"path": "l.parquet"}}
+
+
+def load(**section: Any) -> DataPrepConfig:
+    config: DataPrepConfig = STAGE.load_config(section)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, "data_prep.items.path is required"),
+        ({"items": {"path": "x"}}, "data_prep.interactions.path is required"),
+        ({**TABLES, "itmes": {}}, "data_prep.itmes is not a setting.*Did you mean items"),
+        ({**TABLES, "images": {"max_sid": 3}}, "data_prep.images.max_sid.*max_side"),
+        ({**TABLES, "images": {"max_side": "big"}}, "images.max_side must be a whole number"),
+        ({**TABLES, "max_bad_fraction": 2}, "max_bad_fraction=2.0 is out of range"),
+        ({**TABLES, "source": "tabel"}, "Did you mean table"),
+        ({**TABLES, "mmrec": {"interactions": "x"}}, "data_prep.mmrec has no effect"),
+        ({**TABLES, "source": "synthetic"}, "have no effect with source: synthetic"),
+        ({**TABLES, "split": {"strategy": "user_time"}}, "needs times"),
+        ({**TABLES, "images": {"jpeg_quality": 99}}, "jpeg_quality=99 is above 95"),
+        ({"source": "mmrec"}, "data_prep.mmrec.interactions is required"),
+        (
+            {"items": TABLES["items"], "interactions": {"path": "l", "min_rating": 3}},
+            "min_rating needs ratings",
+        ),
+    ],
+)
+def test_mistakes_are_named(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(**section)
+
+
+def test_speed_settings_do_not_make_a_result_stale() -> None:
+    plain = configuration.result_settings(load(**TABLES))
+    faster = load(**TABLES, num_cpus=3, images={"read_threads": 2}, max_bad_fraction=0.5)
+    assert configuration.result_settings(faster) == plain
+    assert configuration.result_settings(load(**TABLES, images={"max_side": 99})) != plain
+
+
+def test_changed_raw_files_change_the_identity(tmp_path: Path) -> None:
+    section = {}
+    for name in ("items", "interactions"):
+        path = tmp_path / f"{name}.csv"
+        path.write_text("a,b\n")
+        section[name] = {"path": str(path)}
+    config = load(**section)
+    assert isinstance(config, ReadsSources)
+    before = config.source_identity()
+    assert config.source_identity() == before
+    os.utime(tmp_path / "items.csv", (1, 1))
+    assert config.source_identity() != before
+    Path(tmp_path / "items.csv").unlink()
+    with pytest.raises(UserError, match="no such file"):
+        config.source_identity()

@@ -1,0 +1,187 @@
+"""Shards: every item once, exact offsets, equal bytes, finished shards are not made again."""
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from alignrec.data import schema
+from data_prep import catalogue, locations, shards
+from data_prep.config import ImagesConfig, ItemColumns
+from data_prep.images import ImageRules
+from data_prep.quarantine import Quarantine
+from data_prep.shards import ShardPlan, TextRules
+
+NUM_ITEMS = 23
+COLUMNS = ItemColumns(text=("title", "brand"))
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A catalogue with one broken picture, one missing file and one item without either."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    references: list[str | None] = []
+    for item in range(NUM_ITEMS):
+        image = Image.fromarray(rng.integers(0, 255, (20, 30 + item, 3), dtype=np.uint8))
+        image.save(folder / f"{item}.jpg")
+        references.append(f"{item}.jpg")
+    (folder / "4.jpg").write_bytes(b"broken")
+    references[7] = "absent.jpg"
+    references[9] = None
+    titles = [None if item == 9 else f"Title &amp; {item}" for item in range(NUM_ITEMS)]
+    table = pa.table(
+        {
+            "item_id": [f"k{item}" for item in range(NUM_ITEMS)],
+            "title": titles,
+            "brand": pa.array([None] * NUM_ITEMS, pa.string()),
+            "image": references,
+        }
+    )
+    pq.write_table(table, folder / "items.parquet", row_group_size=5)
+    return folder
+
+
+def make_plan(raw: Path, folder: Path) -> ShardPlan:
+    defaults = ImagesConfig()
+    names = {field.name for field in dataclasses.fields(ImageRules)} - {"root"}
+    rules = ImageRules(root=str(raw), **{n: getattr(defaults, n) for n in sorted(names)})
+    return ShardPlan(folder, folder / "work", rules, TextRules(" | ", 300, 2000), read_threads=3)
+
+
+def prepare(raw: Path, folder: Path, *, max_rows: int) -> ShardPlan:
+    plan = make_plan(raw, folder)
+    files = locations.find([str(raw / "items.parquet")])
+    keys = catalogue.read_keys(files, COLUMNS, Quarantine())
+    num_chunks = catalogue.write_chunks(
+        files, COLUMNS, is_item=keys.is_good, folder=plan.chunk_path(0).parent, max_rows=max_rows
+    )
+    for chunk in range(num_chunks):
+        shards.write_shard({"chunk": chunk}, plan)
+    return plan
+
+
+def parts(plan: ShardPlan, table: str) -> list[dict[str, Any]]:
+    paths = sorted(plan.part_path(0, table).parent.glob(f"*.{table}.parquet"))
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.parametrize("max_rows", [1, 5, 7, 23, 100])
+def test_every_item_is_in_the_shards_once_and_in_order(
+    raw: Path, tmp_path: Path, max_rows: int
+) -> None:
+    plan = prepare(raw, tmp_path / "out", max_rows=max_rows)
+    samples = parts(plan, "samples")
+    assert [row["item_index"] for row in samples] == list(range(NUM_ITEMS))
+    assert [row["item_key"] for row in parts(plan, "items")] == [f"k{i}" for i in range(NUM_ITEMS)]
+    assert len(list((tmp_path / "out" / "shards").iterdir())) == -(-NUM_ITEMS // max_rows)
+
+
+def test_offsets_point_at_the_payloads(raw: Path, tmp_path: Path) -> None:
+    plan = prepare(raw, tmp_path / "out", max_rows=7)
+    for row in parts(plan, "samples"):
+        data = (plan.artifact / row["shard"]).read_bytes()
+        key = f"{row['item_index']:012d}"
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            text = tar.extractfile(f"{key}.json").read()
+            names = tar.getnames()
+            image = tar.extractfile(f"{key}.jpg").read() if f"{key}.jpg" in names else b""
+        start = row["json_offset"]
+        assert data[start : start + row["json_bytes"]] == text
+        start = row["image_offset"]
+        assert data[start : start + row["image_bytes"]] == image
+        assert bool(image) == (row["item_index"] not in (4, 7, 9))
+
+
+def test_sample_text_and_item_rows(raw: Path, tmp_path: Path) -> None:
+    plan = prepare(raw, tmp_path / "out", max_rows=100)
+    items = parts(plan, "items")
+    assert items[3] == {
+        "item_index": 3, "item_key": "k3", "title": "Title & 3", "text": "Title & 3",
+        "has_image": True, "has_text": True,
+    }  # fmt: skip
+    assert not items[9]["has_text"]
+    sample = parts(plan, "samples")[3]
+    data = (plan.artifact / sample["shard"]).read_bytes()
+    start = sample["json_offset"]
+    assert json.loads(data[start : start + sample["json_bytes"]]) == {
+        "item_key": "k3", "title": "Title & 3", "text": "Title & 3",
+        "attributes": {"title": "Title & 3"},
+    }  # fmt: skip
+
+
+def test_bad_pictures_are_listed_and_their_items_stay(raw: Path, tmp_path: Path) -> None:
+    plan = prepare(raw, tmp_path / "out", max_rows=7)
+    listed = {(row["source"], row["key"], row["reason"]) for row in parts(plan, "quarantine")}
+    assert listed == {
+        ("images", "k4", "image_unknown_format"), ("images", "k7", "image_missing"),
+    }  # fmt: skip
+    without = [row["item_index"] for row in parts(plan, "items") if not row["has_image"]]
+    assert without == [4, 7, 9]
+
+
+def test_bytes_depend_on_the_samples_alone(raw: Path, tmp_path: Path) -> None:
+    first = prepare(raw, tmp_path / "a", max_rows=7)
+    second = prepare(raw, tmp_path / "b", max_rows=7)
+    for path in sorted(first.artifact.rglob("*.*")):
+        if path.is_file() and path.name != "done.json":
+            other = second.artifact / path.relative_to(first.artifact)
+            assert other.read_bytes() == path.read_bytes(), path
+
+
+def test_a_finished_shard_is_not_made_again(raw: Path, tmp_path: Path) -> None:
+    plan = prepare(raw, tmp_path / "out", max_rows=7)
+    before = {p: p.stat().st_mtime_ns for p in (plan.artifact / "shards").iterdir()}
+    for picture in raw.glob("*.jpg"):
+        picture.unlink()  # would be noticed
+    for chunk in range(4):
+        assert shards.write_shard({"chunk": chunk}, plan)["chunk"] == chunk
+    assert {p: p.stat().st_mtime_ns for p in (plan.artifact / "shards").iterdir()} == before
+
+
+def test_a_shard_killed_half_way_leaves_nothing_behind(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(raw, tmp_path / "out")
+    files = locations.find([str(raw / "items.parquet")])
+    is_item = np.ones(NUM_ITEMS, dtype=bool)
+    catalogue.write_chunks(
+        files, COLUMNS, is_item=is_item, folder=plan.chunk_path(0).parent, max_rows=100
+    )
+    monkeypatch.setattr(shards, "_item_row", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shards.write_shard({"chunk": 0}, plan)
+    assert list((plan.artifact / "shards").iterdir()) == []
+    assert not plan.is_done(0)
+
+
+def test_tables_have_the_schema_of_the_contract(raw: Path, tmp_path: Path) -> None:
+    plan = prepare(raw, tmp_path / "out", max_rows=100)
+    kinds = {"items": schema.ITEMS, "samples": schema.SAMPLES, "quarantine": schema.QUARANTINE}
+    for name, kind in kinds.items():
+        assert pq.read_schema(plan.part_path(0, name)).equals(kind)
+
+
+def test_rows_without_a_usable_key_go_to_quarantine(tmp_path: Path) -> None:
+    keys = ["a", None, "", "  ", "b", "a", "c\x00", "x" * 300, "b", "d"]
+    pq.write_table(pa.table({"item_id": keys}), tmp_path / "items.parquet")
+    quarantine = Quarantine()
+    found = catalogue.read_keys(
+        locations.find([str(tmp_path / "items.parquet")]),
+        ItemColumns(title=None, text=(), image=None),
+        quarantine,
+    )
+    assert found.good.to_pylist() == ["a", "b", "d"]
+    assert np.flatnonzero(found.is_good).tolist() == [0, 4, 9]
+    assert quarantine.reasons() == {
+        "items": {"missing_key": 3, "invalid_key": 2, "duplicate_key": 2}
+    }  # fmt: skip
