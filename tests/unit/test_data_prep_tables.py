@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -12,7 +14,7 @@ from alignrec.errors import UserError
 from data_prep import locations, tables
 from data_prep.tables import Columns, MalformedRow
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"key": "007", "name": "plain", "size": 1.5},
     {"key": "b, c", "name": 'quoted "x"\nsecond line', "size": None},
     {"key": "ü", "name": None, "size": 3.0},
@@ -20,13 +22,13 @@ ROWS = [
 COLUMNS = Columns("the.setting", text=("key", "name"), other=("size",))
 
 
-def read(path, columns: Columns = COLUMNS) -> tuple[list[dict], list[MalformedRow]]:
+def read(path: Path, columns: Columns = COLUMNS) -> tuple[list[dict[str, Any]], list[MalformedRow]]:
     malformed: list[MalformedRow] = []
     batches = tables.read_batches(locations.find([str(path)]), columns, malformed)
     return [row for batch in batches for row in batch.to_pylist()], malformed
 
 
-def write(path, rows: str = ROWS) -> None:
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
     table = pa.Table.from_pylist(rows)
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     plain = path.name.removesuffix(".gz").removesuffix(".zst")
@@ -157,7 +159,7 @@ def test_a_truncated_parquet_file_is_the_users_mistake(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path / "items.parquet")
-    with pytest.raises(UserError, match="no such file. Did you mean items.parquet"):
+    with pytest.raises(UserError, match=r"no such file\. Did you mean items.parquet"):
         locations.find([str(tmp_path / "item.parquet")])
     with pytest.raises(UserError, match="no parquet, CSV or JSON-lines file"):
         locations.find([str(tmp_path / "*.csv")])

@@ -21,7 +21,7 @@ from data_prep import texts
         ("\ufeffmark", "mark"),
         ("lone \ud800 surrogate", "lone surrogate"),
         ("&#0;a&#55296;", "a"),
-        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # Persian needs the joiner
         ("👩\u200d🔬", "👩\u200d🔬"),
     ],
 )
