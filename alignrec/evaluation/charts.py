@@ -48,25 +48,22 @@ class Chart:
         return f"{self.title}: {'; '.join(parts)}"
 
 
-def history_charts(histories: Mapping[str, History], names: Sequence[str]) -> list[Chart]:
-    """Return a chart for each measurement, with a curve for each history that has it.
+def history_chart(name: str, title: str, histories: Mapping[str, History]) -> Chart:
+    """Return the chart of one measurement, with a curve for each history that has it.
 
     Args:
+        name: the measurement, e.g. "loss/bpr"; at least one history has it.
+        title: words above the chart.
         histories: name of a run -> its rows, as ``telemetry.read_history`` returns them.
-        names: measurements, e.g. "loss/bpr"; those that no history has are left out.
     """
-    charts = []
-    for name in names:
-        curves = {run: _points(rows, name) for run, rows in histories.items()}
-        curves = {run: points for run, points in curves.items() if points}
-        if curves:
-            charts.append(line_chart(name, curves))
-    return charts
+    curves = {run: _points(rows, name) for run, rows in histories.items()}
+    return line_chart(title, {run: points for run, points in curves.items() if points})
 
 
 def measurement_names(histories: Mapping[str, History]) -> list[str]:
     """Return every measured name but step and time, in the order of first appearance."""
-    names = dict.fromkeys(name for rows in histories.values() for row in rows for name in row)
+    rows = (row for history in histories.values() for row in history)
+    names = dict.fromkeys(name for row in rows for name, v in row.items() if v is not None)
     return [name for name in names if name not in ("step", "time")]
 
 

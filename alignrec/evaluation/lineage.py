@@ -8,6 +8,13 @@ from alignrec import artifacts
 from alignrec.artifacts import Manifest
 from alignrec.errors import UserError
 
+_COUNT_WORDS = {
+    "num_items": "items",
+    "num_users": "users",
+    "num_train": "training interactions",
+    "num_valid": "validation interactions",
+    "num_test": "test interactions",
+}
 _ORDER = ("dataset", "encoder", "features", "graph", "embeddings")
 
 
@@ -23,8 +30,7 @@ class Step:
     @property
     def counts(self) -> dict[str, int]:
         """Counts of the artifact, with words instead of underscores."""
-        counts = self.manifest.counts if self.manifest else {}
-        return {plain_words(name): count for name, count in counts.items()}
+        return in_words(self.manifest.counts if self.manifest else {})
 
 
 def trace(inputs: Mapping[str, Path]) -> list[Step]:
@@ -45,9 +51,12 @@ def trace(inputs: Mapping[str, Path]) -> list[Step]:
     return sorted(steps.values(), key=lambda s: (_place(s.kind), s.name != "align", s.name))
 
 
-def plain_words(name: str) -> str:
-    """Return e.g. "without image" for num_without_image."""
-    return name.removeprefix("num_").replace("_", " ").replace("/", " ")
+def in_words(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return counts named e.g. "without image" for num_without_image; the main ones first."""
+    first = list(_COUNT_WORDS)
+    names = sorted(counts, key=lambda n: first.index(n) if n in first else len(first))
+    plain = {name: name.removeprefix("num_").replace("_", " ") for name in names}
+    return {_COUNT_WORDS.get(name, plain[name]): counts[name] for name in names}
 
 
 def _manifest(path: Path, identity: str) -> Manifest | None:

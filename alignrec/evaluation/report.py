@@ -16,6 +16,7 @@ from alignrec import artifacts
 from alignrec.evaluation import charts, lineage, showcase
 from alignrec.evaluation.charts import Chart
 from alignrec.evaluation.config import EvaluationConfig
+from alignrec.evaluation.statistics import read_statistics
 from alignrec.telemetry import read_history
 
 MODEL_WORDS = {
@@ -33,6 +34,7 @@ SPLIT_WORDS = {
     "valid": "Validation",
     "test_cold": "Test, cold items only",
 }
+_ABBREVIATIONS = ("bpr", "cca", "uia", "reg", "l2")
 _RECONSTRUCTIONS = ("original", "masked", "predicted")
 _MAX_RECONSTRUCTIONS = 6
 
@@ -57,6 +59,14 @@ class MetricTable:
     names: tuple[str, ...]
     rows: tuple[tuple[str, tuple[float, ...]], ...]
     best: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """Charts of a stage: those that everybody looks at, and the others."""
+
+    main: list[Chart]
+    more: list[Chart]
 
 
 def write(
@@ -96,12 +106,12 @@ def render(values: Mapping[str, Any]) -> str:
     )
     environment.filters["count"] = lambda n: f"{n:,}"
     environment.filters["percent"] = lambda x: f"{x:+.1%}".replace("%", " %")
-    environment.filters["words"] = lineage.plain_words
+    environment.filters["in_words"] = lineage.in_words
     environment.filters["short"] = charts.number
     environment.filters["metric"] = metric_words
     style = resources.files("alignrec.evaluation").joinpath("templates/report.css")
     template = environment.get_template("report.html")
-    return template.render(style=style.read_text(encoding="utf-8"), **values)
+    return template.render(style=style.read_text(encoding="utf-8"), **values).lstrip()
 
 
 def page_values(
@@ -139,10 +149,13 @@ def page_values(
         "aspect": aspect_ratio(shown),
         "steps": lineage.trace(inputs),
         "quarantine": quarantine_reasons(inputs["dataset"]),
-        "facts": dataset.facts,
-        "pretrain": pretrain_charts(inputs),
+        "statistics": read_statistics(_without(dataset.facts, "quarantine")),
+        "pretrain": curves(inputs, {"encoder": "encoder"}, first="loss"),
         "reconstructions": reconstructions(inputs),
-        "align": align_charts(inputs),
+        "align": curves(
+            inputs, {"embeddings": "AlignRec", "ablation": "Ablation"}, first=f"valid/{headline}"
+        ),
+        "align_facts": artifacts.read(inputs["embeddings"]).facts,
     }
 
 
@@ -192,22 +205,32 @@ def quarantine_reasons(dataset: Path) -> list[tuple[str, str, int]]:
     return sorted(rows, key=lambda row: (-row[2], row[0], row[1]))
 
 
-def pretrain_charts(inputs: Mapping[str, Path]) -> list[Chart]:
-    """Return the encoder's curves; none where the dataset came with features."""
-    if "encoder" not in inputs:
-        return []
-    histories = {"encoder": read_history(inputs["encoder"])}
-    return charts.history_charts(histories, charts.measurement_names(histories))
+def curves(inputs: Mapping[str, Path], kinds: Mapping[str, str], first: str) -> Curves:
+    """Return the curves of artifacts of one stage, a chart for each measurement.
+
+    Args:
+        inputs: artifact folders.
+        kinds: input -> name of its curve; inputs that are absent are left out.
+        first: measurement whose chart comes first.
+    """
+    histories = {name: read_history(inputs[k]) for k, name in kinds.items() if k in inputs}
+    names = charts.measurement_names(histories)
+    main = [n for n in names if n == first or n.startswith(("loss", "accuracy", "error"))]
+    main.sort(key=lambda name: name != first)
+    more = [name for name in names if name not in main and name != "epoch"]
+    return Curves(
+        [charts.history_chart(name, curve_words(name), histories) for name in main],
+        [charts.history_chart(name, curve_words(name), histories) for name in more],
+    )
 
 
-def align_charts(inputs: Mapping[str, Path]) -> list[Chart]:
-    """Return the curves of stage 2, with the ablation's beside them."""
-    histories = {
-        charts_name: read_history(inputs[kind])
-        for charts_name, kind in (("AlignRec", "embeddings"), ("Ablation", "ablation"))
-        if kind in inputs
-    }
-    return charts.history_charts(histories, charts.measurement_names(histories))
+def curve_words(name: str) -> str:
+    """Return e.g. "Loss: BPR" for loss/bpr and "Validation Recall@20" for valid/recall@20."""
+    group, slash, rest = name.partition("/")
+    if group == "valid" and "@" in rest:
+        return f"Validation {metric_words(rest)}"
+    words = rest.upper() if rest in _ABBREVIATIONS else rest.replace("_", " ").replace("/", " ")
+    return f"{group.replace('_', ' ').capitalize()}{': ' if slash else ''}{words}"
 
 
 def reconstructions(inputs: Mapping[str, Path]) -> list[dict[str, showcase.Thumbnail]]:
@@ -233,6 +256,10 @@ def aspect_ratio(shown: list[showcase.ShownUser]) -> float:
     tiles = [tile for user in shown for tile in (*user.history, *user.recommended)]
     ratios = [t.thumbnail.width / t.thumbnail.height for t in tiles if t.thumbnail]
     return float(np.clip(np.median(ratios), 0.5, 2.0)) if ratios else 1.0
+
+
+def _without(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key != name}
 
 
 def _bytes(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,0 +1,237 @@
+"""Parts of the HTML page: charts, statistics, escaping, users shown."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from alignrec import artifacts
+from alignrec.data import schema
+from alignrec.data.csr import CSR
+from alignrec.evaluation import charts, report, showcase
+from alignrec.evaluation.config import EvaluationConfig, ReportConfig
+from alignrec.evaluation.ranking import inner_product
+from alignrec.evaluation.statistics import read_statistics
+from alignrec.testing.datasets import write_dataset
+from alignrec.testing.results import write_embeddings
+
+HOSTILE = '<script>alert("x")</script>"\'><img src=x onerror=alert(1)>'
+RESULTS = {
+    model: {split: {"recall@10": value, "recall@20": value, "ndcg@10": value, "ndcg@20": value}}
+    for split in ("test",)
+    for model, value in (("alignrec", 0.3), ("popularity", 0.2), ("ablation", 0.0))
+}
+
+
+class Page(HTMLParser):
+    """Tags of a page, and those that were never closed."""
+
+    VOID = frozenset({"meta", "img", "link", "br", "line", "circle", "path"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def make_page(tmp_path: Path, **changes: object) -> str:
+    dataset = write_dataset(tmp_path / "data_prep")
+    inputs = {"dataset": dataset, "embeddings": write_embeddings(tmp_path / "align", dataset)}
+    values = report.page_values(RESULTS, [], {}, EvaluationConfig(), inputs, run="demo")
+    return report.render({**values, **changes})
+
+
+def test_hostile_titles_keys_and_names_are_text(tmp_path: Path) -> None:
+    tile = showcase.Tile(HOSTILE, None, is_hit=True)
+    user = showcase.ShownUser(
+        HOSTILE, 1, (tile,), (tile,), (showcase.HeldOut(HOSTILE, 1, is_shown=True),)
+    )
+    page = make_page(tmp_path, users=[user], run=HOSTILE, quarantine=[(HOSTILE, HOSTILE, 3)])
+    parsed = Page(page)
+    assert parsed.attributes("script") == []
+    assert not any("onerror" in attributes for _, attributes in parsed.tags)
+    assert "&lt;script&gt;" in page
+
+
+def test_page_is_well_formed_and_asks_for_nothing_outside(tmp_path: Path) -> None:
+    parsed = Page(make_page(tmp_path))
+    assert parsed.open == []
+    for _, attributes in parsed.tags:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    assert parsed.attributes("link") == []
+    policy = [a["content"] for a in parsed.attributes("meta") if "http-equiv" in a]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert parsed.attributes("html") == [{"lang": "en"}]
+    assert all(a.get("aria-label") for a in parsed.attributes("svg"))
+
+
+def test_margins_are_absolute_and_relative() -> None:
+    margins = report.margins(RESULTS, "test", "recall@20")
+    assert margins["popularity"].difference == pytest.approx(0.1)
+    assert margins["popularity"].relative == pytest.approx(0.5)
+    assert margins["ablation"].relative is None
+
+
+def test_best_of_each_column_is_found() -> None:
+    results = {
+        "alignrec": {"test": {"recall@20": 0.3, "ndcg@20": 0.1}},
+        "popularity": {"test": {"recall@20": 0.2, "ndcg@20": 0.4}},
+    }
+    table = report.metric_table(results, "test", ("recall@20", "ndcg@20"))
+    assert table.best == (0.3, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.012, 0.0975), (-3, 7), (100, 51234), (1e-6, 2e-6), (99.9, 100.1)]
+)
+def test_ticks_enclose_the_range_evenly(low: float, high: float) -> None:
+    places = charts.ticks(low, high, 4)
+    steps = np.diff(places)
+    assert places[0] <= low + 1e-12
+    assert places[-1] >= high - 1e-12
+    assert 2 <= len(places) <= 8
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+
+
+def test_every_point_of_a_curve_lies_in_the_plot() -> None:
+    points = [(float(i), float(np.sin(i) * 10**-i)) for i in range(30)]
+    chart = charts.line_chart("x", {"a": points, "b": [(0.0, 3.0)]})
+    for line in chart.lines:
+        for x, y in line.points:
+            assert chart.left <= x <= chart.right
+            assert 0 <= y <= chart.bottom
+
+
+def test_a_constant_curve_and_a_single_point_can_be_drawn() -> None:
+    assert charts.line_chart("x", {"a": [(0.0, 2.0), (1.0, 2.0)]}).lines[0].last == "2"
+    assert len(charts.line_chart("x", {"a": [(5.0, 1.0)]}).lines[0].points) == 1
+
+
+def test_long_histories_keep_their_ends() -> None:
+    points = [(float(i), 0.0) for i in range(10_000)]
+    thin = charts.thin_out(points)
+    assert len(thin) == 160
+    assert (thin[0], thin[-1]) == (points[0], points[-1])
+    assert thin == sorted(set(thin))
+
+
+def test_measurements_that_are_never_numbers_have_no_chart() -> None:
+    histories = {"a": [{"step": 1, "time": 0.0, "loss/bpr": None, "loss/uia": 1.0}]}
+    assert charts.measurement_names(histories) == ["loss/uia"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("loss/bpr", "Loss: BPR"),
+        ("valid/ndcg@20", "Validation NDCG@20"),
+        ("learning_rate", "Learning rate"),
+    ],
+)
+def test_curves_are_named_in_words(name: str, words: str) -> None:
+    assert report.curve_words(name) == words
+
+
+def test_facts_are_sorted_by_shape() -> None:
+    facts = {
+        "images": {"good": 7, "side": {"edges": [0, 1, 4, 8], "counts": [0, 2, 5, 0]}},
+        "per_user": {"mean": 2.5, "quantiles": {"0": 1.0, "0.5": 2.0, "1": 9.0}},
+        "strange": [1, {"a": None}],
+        "nothing": None,
+    }
+    found = read_statistics(facts)
+    assert found.numbers == [("images: good", 7)]
+    assert found.histograms[0].bars == (("1-3", 2), ("4-7", 5))
+    assert found.quantiles[0].values == (("mean", 2.5), ("min", 1.0), ("median", 2.0), ("max", 9.0))
+
+
+def test_an_empty_histogram_can_be_drawn() -> None:
+    found = read_statistics({"side": {"edges": [0, 4], "counts": [0, 0]}})
+    assert found.histograms[0].largest == 1
+
+
+def test_shown_users_have_history_and_are_spread_evenly() -> None:
+    train = CSR.from_pairs([u for u in range(40) for _ in range(6)], [*range(6)] * 40, 40, 9)
+    held_out = CSR.from_pairs([*range(1, 40, 2)], [8] * 20, 40, 9)
+    config = ReportConfig(num_users=4, min_history=6)
+    users = showcase.choose_users(train, held_out, config)
+    assert users == [5, 15, 25, 35]
+    assert showcase.choose_users(train, held_out, ReportConfig(min_history=7)) == []
+
+
+def test_user_tiles_show_history_hits_and_places(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data_prep", without_image=(0, 1, 2))
+    num_users, num_items = 24, 48
+    train, test = (
+        CSR.from_pairs(*schema.read_interactions(dataset, split), num_users, num_items)
+        for split in ("train", "test")
+    )
+    item = torch.eye(num_items)
+    user = torch.zeros(num_users, num_items)
+    for u in range(num_users):
+        user[u, test.row(u)] = 1.0  # scores its own held-out item first
+    shown = showcase.show_users(dataset, train, test, inner_product(user, item), ReportConfig())
+    assert len(shown) == 6
+    for row in shown:
+        assert [tile.is_hit for tile in row.recommended] == [True] + [False] * 9
+        assert [(h.rank, h.is_shown) for h in row.held_out] == [(1, True)]
+        assert row.num_train == len(row.history) == 6
+    tiles = [tile for row in shown for tile in (*row.history, *row.recommended)]
+    assert {tile.thumbnail.width for tile in tiles if tile.thumbnail} == {32}
+
+
+def test_only_pictures_that_can_be_decoded_are_shown(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data_prep", without_image=(3,))
+    samples = schema.read_samples(dataset).to_pylist()
+    samples[5]["image_offset"] = samples[6]["image_offset"] + 40  # the middle of another picture
+    table = pa.Table.from_pylist(samples, schema=schema.SAMPLES)
+    pq.write_table(table, dataset / "samples.parquet")
+    pictures = showcase.read_thumbnails(dataset, [3, 4, 5], 16)
+    assert list(pictures) == [4]
+    assert (pictures[4].width, pictures[4].height) == (16, 16)
+
+
+def test_reconstructions_of_bytes_and_of_fractions_are_shown(tmp_path: Path) -> None:
+    stack = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
+    as_bytes = (stack * 255).round().astype(np.uint8)
+    np.savez(tmp_path / "reconstructions.npz", original=as_bytes, masked=stack, predicted=stack)
+    rows = report.reconstructions({"encoder": tmp_path})
+    assert len(rows) == 2
+    assert rows[0]["original"] == rows[0]["masked"]
+
+
+def test_a_dataset_without_samples_table_shows_titles(tmp_path: Path) -> None:
+    assert showcase.read_thumbnails(tmp_path, [0, 1], 16) == {}
+
+
+def test_lineage_survives_a_deleted_source(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data_prep")
+    embeddings = write_embeddings(tmp_path / "align", dataset)
+    manifest = json.loads((embeddings / artifacts.MANIFEST).read_text())
+    manifest["inputs"]["graph"] = {"path": str(tmp_path / "gone"), "identity": "f" * 64}
+    artifacts.write_json(embeddings / artifacts.MANIFEST, manifest)
+    inputs = {"dataset": dataset, "embeddings": embeddings}
+    values = report.page_values(RESULTS, [], {}, EvaluationConfig(), inputs, run="demo")
+    steps = values["steps"]
+    assert [step.kind for step in steps] == ["dataset", "graph", "embeddings"]
+    assert re.search(r"no longer at its place", report.render(values))
