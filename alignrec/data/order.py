@@ -47,14 +47,14 @@ class EpochOrder:
         offset = np.empty_like(positions)
         for number in np.unique(window):
             inside = window == number
-            key = _key(self.seed, self.epoch, 1, int(number))
+            key = permutation_key(self.seed, self.epoch, 1, int(number))
             offset[inside] = permute((positions - start)[inside], int(length[inside][0]), key)
         return start + offset
 
     def _unblock(self, stream: Ints) -> Ints:
         """Map stream positions to samples; the last block may be shorter than the others."""
         num_blocks = -(-self.num_samples // self.block_size)
-        key = _key(self.seed, self.epoch, 0, 0)
+        key = permutation_key(self.seed, self.epoch, 0, 0)
         last = num_blocks - 1
         last_length = self.num_samples - last * self.block_size
         slot = int(unpermute(np.array([last]), num_blocks, key)[0])  # where the short block comes
@@ -109,7 +109,8 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _key(*parts: int) -> np.uint64:
+def permutation_key(*parts: int) -> np.uint64:
+    """Return the key of a permutation from a seed and what tells it from others."""
     return np.uint64(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
@@ -118,6 +119,6 @@ def held_out_rows(item_index: Ints, *, fraction: float, seed: int) -> npt.NDArra
 
     An item keeps its side when the catalogue grows.
     """
-    salt = _key(seed, 2)
+    salt = permutation_key(seed, 2)
     hashed = _mix(_mix(item_index.astype(np.uint64) + salt) + np.uint64(_GOLDEN))
     return (hashed >> np.uint64(11)) < np.uint64(int(fraction * (1 << 53)))

@@ -1,0 +1,67 @@
+"""Settings of the features stage: from the encoder, or from files."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from alignrec import configuration
+from alignrec.configuration import option
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureFile:
+    """One .npy matrix to import: row r belongs to item_index r."""
+
+    path: Path = option(help="a .npy file of (num_items, columns) numbers")
+    modality: Literal["image", "text"] = option(help="what the rows describe")
+    center: bool = option(False, "subtract the column means first")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractionConfig:
+    """How the encoder's output becomes one row per item."""
+
+    pooling: Literal["cls", "mean"] = option(
+        "cls", "cls: the CLS state (the paper's); mean: patch mean beside token mean"
+    )
+    center: bool = option(True, "subtract the column means over all items with content")
+    normalise: bool = option(True, "scale rows to length 1")
+    hide: Literal["nothing", "image", "text"] = option(
+        "nothing", "modality that hide_fraction of the items lose, to measure what it is worth"
+    )
+    hide_fraction: float = option(
+        0.5, "share of items that lose the modality named by hide", minimum=0, maximum=1
+    )
+    hide_seed: int = option(0, "of the permutation whose first items lose it", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """One content feature per item: from the encoder, or the unit rows of files side by side.
+
+    Rows are the same for any number of ranks.
+    """
+
+    num_ranks: int = option(1, "processes that extract together", minimum=1, affects_result=False)
+    files: tuple[FeatureFile, ...] = option(
+        (), "matrices to import instead of encoding: each row scaled to length 1, then joined"
+    )
+    extraction: ExtractionConfig = option(ExtractionConfig(), "how the encoder is used")
+    dtype: Literal["float32", "float16"] = option("float32", "number format of the rows")
+    batch_size: int = option(64, "items encoded at once by a rank", minimum=1, affects_result=False)
+    num_threads: int = option(
+        1, "threads a rank decodes with", minimum=1, maximum=64, affects_result=False
+    )
+    timeout_seconds: float = option(
+        300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False
+    )
+
+    def source_identity(self) -> str:
+        """Return a digest of the imported files' paths, sizes and times."""
+        state = []
+        for file in self.files:
+            found = file.path.stat() if file.path.exists() else None
+            state.append(
+                [str(file.path), found.st_size if found else 0, found.st_mtime_ns if found else 0]
+            )
+        return configuration.digest(state)

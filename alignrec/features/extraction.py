@@ -1,0 +1,229 @@
+"""One content feature per item (dataset, encoder -> features).
+
+Batches are fixed ranges of items and ranks take contiguous ranges of batches, so rows do not depend
+on the number of ranks; batches that are done are marked, so a killed run goes on.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from alignrec import artifacts, configuration
+from alignrec.data import schema
+from alignrec.data.loader import ItemBatch, ItemReader, Loader, MicroBatch
+from alignrec.data.order import permutation_key, permute
+from alignrec.data.shards import SampleTable, ShardReader
+from alignrec.distributed.peers import lost_peers_reported
+from alignrec.distributed.process_group import Rank, barrier, process_group
+from alignrec.errors import UserError
+from alignrec.features import rows
+from alignrec.features.config import ExtractionConfig, FeaturesConfig
+from alignrec.features.importing import write_imported
+from alignrec.pretrain.encoder import Encoder, load_encoder, pool
+from alignrec.pretrain.tokenizer import TOKENIZER, load_words
+from alignrec.stage import Context
+from alignrec.telemetry import Telemetry
+
+_RAW = "raw.npy"
+_HIDE_STREAM = 5  # stream number of the hiding permutation
+
+
+def run(config: FeaturesConfig, context: Context) -> None:
+    """Extract or import on this rank; rank 0 writes the artifact."""
+    with (
+        process_group(timeout_seconds=config.timeout_seconds) as rank,
+        Telemetry(context.log_dir, "features", enabled=rank.is_first) as telemetry,
+        lost_peers_reported(rank, doing="extracting features"),
+    ):
+        _check_sources(config, context)
+        telemetry.rewind(0)
+        if rank.is_first:
+            artifacts.open_draft(context.output, fingerprint=context.fingerprint)
+        barrier(rank)
+        draft = artifacts.Draft(artifacts.partial_path(context.output))
+        num_items = artifacts.read(context.inputs["dataset"]).counts["num_items"]
+        if not config.files:
+            dim = _extract(config, context, draft, rank, telemetry)
+        elif rank.is_first:
+            dim = write_imported(config.files, draft.path, num_items=num_items, dtype=config.dtype)
+        barrier(rank)
+        if rank.is_first:
+            draft.counts |= {"num_items": num_items, "dim": dim}
+            draft.facts["source"] = "files" if config.files else "encoder"
+            telemetry.say(f"{num_items:,} rows of {dim} numbers")
+            _publish(draft, config, context)
+        barrier(rank)
+
+
+def _check_sources(config: FeaturesConfig, context: Context) -> None:
+    if config.files and config.extraction != ExtractionConfig():
+        raise UserError(
+            "features.extraction has no effect when features.files are imported. Leave one of the "
+            "two out."
+        )
+    if not config.files and "encoder" not in context.inputs:
+        raise UserError(
+            "features need either an encoder (a pretrain section in the recipe, or --encoder) or "
+            "features.files to import. Give one of them."
+        )
+
+
+def _publish(draft: artifacts.Draft, config: FeaturesConfig, context: Context) -> None:
+    artifacts.publish(
+        draft,
+        context.output,
+        kind="features",
+        fingerprint=context.fingerprint,
+        config=configuration.to_mapping(config),
+        inputs=context.inputs,
+    )
+
+
+def _extract(
+    config: FeaturesConfig,
+    context: Context,
+    draft: artifacts.Draft,
+    rank: Rank,
+    telemetry: Telemetry,
+) -> int:
+    """Encode all items; returns the number of columns."""
+    dataset = context.inputs["dataset"]
+    encoder = load_encoder(context.inputs["encoder"]).to(rank.device)
+    table = SampleTable.read(dataset)
+    mask = content_mask(dataset, config.extraction)
+    dim = encoder.architecture.width * (2 if config.extraction.pooling == "mean" else 1)
+    files = _WorkFiles.open(draft, (len(mask), dim), -(-len(table) // config.batch_size), config)
+    if rank.is_first:
+        files.create()
+    barrier(rank)
+    reader = _item_reader(context, encoder, table)
+    worker = _Worker(encoder, mask, config, rank, telemetry)
+    worker.encode_range(files, reader, table)
+    barrier(rank)
+    if rank.is_first:
+        _write_final(files, mask, config, draft.path)
+    return dim
+
+
+def content_mask(dataset: Path, config: ExtractionConfig) -> npt.NDArray[np.bool_]:
+    """Return (num_items, 2) bool: whether the item's image, text is there and not hidden."""
+    items = schema.read_items(dataset, columns=["has_image", "has_text"])
+    mask = np.stack([items["has_image"].to_numpy(), items["has_text"].to_numpy()], axis=1)
+    mask = mask.astype(bool)
+    if config.hide != "nothing":
+        position = permute(
+            np.arange(len(mask)), len(mask), permutation_key(config.hide_seed, _HIDE_STREAM)
+        )
+        hidden = position < round(config.hide_fraction * len(mask))
+        mask[hidden, 0 if config.hide == "image" else 1] = False
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class _WorkFiles:
+    """The encoder's rows before centring, and which batches are in them."""
+
+    raw: Path
+    done: Path
+    shape: tuple[int, int]
+    num_batches: int
+
+    @classmethod
+    def open(
+        cls,
+        draft: artifacts.Draft,
+        shape: tuple[int, int],
+        num_batches: int,
+        config: FeaturesConfig,
+    ) -> "_WorkFiles":
+        done = draft.work / f"done_{config.batch_size}.npy"
+        return cls(draft.work / _RAW, done, shape, num_batches)
+
+    def create(self) -> None:
+        """Make the files unless a killed run has left them."""
+        if not self.raw.exists() or not self.done.exists():
+            for stale in self.done.parent.glob("done_*"):  # of another batch size
+                stale.unlink()
+            rows.create(self.raw, self.shape, "float32")
+            rows.create(self.done, (self.num_batches, 1), "bool")
+
+
+def _item_reader(context: Context, encoder: Encoder, table: SampleTable) -> ItemReader:
+    architecture = encoder.architecture
+    words = load_words(
+        context.inputs["encoder"] / TOKENIZER, max_length=architecture.max_text_tokens
+    )
+    return ItemReader(
+        ShardReader(context.inputs["dataset"], table),
+        words,
+        image_size=architecture.image_size,
+        padding_id=words.padding_id,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """Encodes this rank's range of batches."""
+
+    encoder: Encoder
+    mask: npt.NDArray[np.bool_]
+    config: FeaturesConfig
+    rank: Rank
+    telemetry: Telemetry
+
+    def encode_range(self, files: _WorkFiles, reader: ItemReader, table: SampleTable) -> None:
+        """Fill in the batches that are not done yet."""
+        raw = np.load(files.raw, mmap_mode="r+")
+        done = np.load(files.done, mmap_mode="r+")
+        index, size = self.rank.index, self.rank.world_size
+        mine = range(files.num_batches * index // size, files.num_batches * (index + 1) // size)
+        left = [number for number in mine if not done[number]]
+        items, loader = (
+            self.config.batch_size,
+            Loader(reader.read, num_threads=self.config.num_threads),
+        )
+        batches = (
+            MicroBatch(0, np.arange(n * items, min((n + 1) * items, len(table)))) for n in left
+        )
+        finished = (len(mine) - len(left)) * items
+        with self.telemetry.progress(len(mine) * items, "items", done=finished) as progress:
+            for number, batch in zip(left, loader.batches(batches), strict=True):
+                raw[batch.item_index] = self.encode(batch)
+                done[number] = True  # after the rows: both live in the page cache, in this order
+                progress.update(len(batch.item_index))
+
+    @torch.no_grad()
+    def encode(self, batch: ItemBatch) -> npt.NDArray[np.float32]:
+        """Return the features of a batch; an item with neither modality gets zeros."""
+        seen = self.mask[batch.item_index]
+        device = self.rank.device
+        has_image = torch.from_numpy(batch.has_image & seen[:, 0]).to(device)
+        padding = torch.from_numpy(batch.text_padding | ~seen[:, 1:]).to(device)
+        streams = self.encoder(
+            torch.from_numpy(batch.images).to(device),
+            has_image,
+            torch.from_numpy(batch.tokens).to(device),
+            padding,
+        )
+        pooled = pool(streams, has_image, padding, pooling=self.config.extraction.pooling)
+        result: npt.NDArray[np.float32] = pooled.float().cpu().numpy() * seen.any(
+            axis=1, keepdims=True
+        )
+        return result
+
+
+def _write_final(
+    files: _WorkFiles, mask: npt.NDArray[np.bool_], config: FeaturesConfig, folder: Path
+) -> None:
+    """Centre and scale the raw rows into the artifact."""
+    raw: rows.Matrix = np.load(files.raw, mmap_mode="r")
+    present: npt.NDArray[np.bool_] = np.logical_or(mask[:, 0], mask[:, 1])
+    means = rows.column_means(raw, present) if config.extraction.center else 0.0
+    features = rows.create(folder / rows.FEATURES, files.shape, config.dtype)
+    for block in rows.blocks(len(raw)):
+        part = ((raw[block] - means) * present[block, None]).astype(np.float32)
+        features[block] = rows.unit_rows(part) if config.extraction.normalise else part
+    np.save(folder / rows.MASK, mask)

@@ -1,0 +1,72 @@
+"""Features that somebody else computed: unit rows of files side by side (files -> features)."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from alignrec.errors import UserError
+from alignrec.features import rows
+from alignrec.features.config import FeatureFile
+
+
+def write_imported(
+    files: tuple[FeatureFile, ...], folder: Path, *, num_items: int, dtype: str
+) -> int:
+    """Write ``features.npy`` and ``mask.npy`` and return the number of columns.
+
+    A row of zeros in a file means that the item lacks that modality.
+
+    Raises:
+        UserError: a file is absent, of another shape, or holds NaN or infinity.
+    """
+    matrices = [_open(file.path, num_items) for file in files]
+    dim: int = sum(matrix.shape[1] for matrix in matrices)
+    features = rows.create(folder / rows.FEATURES, (num_items, dim), dtype)
+    mask = np.zeros((num_items, 2), dtype=bool)
+    start = 0
+    for file, matrix in zip(files, matrices, strict=True):
+        present = _present(matrix, file.path)
+        mask[:, 0 if file.modality == "image" else 1] |= present
+        columns = slice(start, start + matrix.shape[1])
+        means = rows.column_means(matrix, present) if file.center else 0.0
+        for block in rows.blocks(num_items):
+            part = (matrix[block] - means).astype(np.float32) * present[block, None]
+            features[block, columns] = rows.unit_rows(part)
+        start = columns.stop
+    np.save(folder / rows.MASK, mask)
+    return dim
+
+
+def _open(path: Path, num_items: int) -> rows.Matrix:
+    try:
+        matrix: rows.Matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"features.files: cannot read {path} ({error}). Give the path of a .npy file."
+        ) from error
+    if matrix.ndim != 2 or matrix.dtype.kind != "f":
+        raise UserError(
+            f"features.files: {path} holds {matrix.dtype} of shape {matrix.shape}, but one row of "
+            f"floating-point numbers per item is needed. Save a float matrix (items, columns)."
+        )
+    if len(matrix) != num_items:
+        raise UserError(
+            f"features.files: {path} has {len(matrix)} rows but the dataset has {num_items} items, "
+            f"so rows would belong to the wrong items. Give the file made for this catalogue."
+        )
+    return matrix
+
+
+def _present(matrix: rows.Matrix, path: Path) -> npt.NDArray[np.bool_]:
+    present = np.zeros(len(matrix), dtype=bool)
+    for block in rows.blocks(len(matrix)):
+        part = np.asarray(matrix[block], dtype=np.float32)
+        if not np.isfinite(part).all():
+            row = block.start + int(np.flatnonzero(~np.isfinite(part).all(axis=1))[0])
+            raise UserError(
+                f"features.files: {path} holds NaN or infinity in row {row}, which would spread "
+                f"over the item graph. Replace such rows, by zeros for an item without content."
+            )
+        present[block] = (part != 0).any(axis=1)
+    return present

@@ -1,0 +1,42 @@
+"""Feature matrices on disk, made in blocks of rows, never whole in memory (features -> graph)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.format import open_memmap
+
+Floats = npt.NDArray[np.float32]
+Matrix = npt.NDArray[Any]
+
+FEATURES = "features.npy"
+MASK = "mask.npy"
+BLOCK_ROWS = 4096
+
+
+def create(path: Path, shape: tuple[int, int], dtype: str) -> Matrix:
+    """Create a matrix of zeros on disk, mapped for writing."""
+    matrix: Matrix = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    return matrix
+
+
+def blocks(num_rows: int) -> Iterator[slice]:
+    """Yield slices that cover all rows."""
+    for start in range(0, num_rows, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, num_rows))
+
+
+def column_means(matrix: Matrix, present: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Return the column means over the rows that are present, in float64."""
+    total = np.zeros(matrix.shape[1], dtype=np.float64)
+    for block in blocks(len(matrix)):
+        total += matrix[block][present[block]].astype(np.float64).sum(axis=0)
+    return total / max(1, int(present.sum()))
+
+
+def unit_rows(rows: Floats) -> Floats:
+    """Scale rows to length 1; zero rows stay zero."""
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    return (rows / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
