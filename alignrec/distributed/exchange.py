@@ -87,9 +87,21 @@ class Exchange:
             )
         return result
 
-    def sum(self, value: int) -> int:
-        """Return the sum of every rank's number."""
-        return sum(self.swap_counts([value] * self.world_size))
+    def sum(self, values: Shaped[Tensor, " n"]) -> Shaped[Tensor, " n"]:
+        """Return the sums of the ranks' values, element by element."""
+        return self._all_reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: Shaped[Tensor, " n"]) -> Shaped[Tensor, " n"]:
+        """Return the largest of the ranks' values, element by element."""
+        return self._all_reduce(values, dist.ReduceOp.MAX)
+
+    def _all_reduce(self, values: Tensor, operation: Any) -> Tensor:  # noqa: ANN401 - ReduceOp
+        if self.world_size == 1:
+            return values
+        result = values.to(self.device, copy=True)
+        with self._watching("reducing values"):
+            dist.all_reduce(result, op=operation, group=self._group)
+        return result.to(values.device)
 
     @contextlib.contextmanager
     def _watching(self, action: str) -> Iterator[None]:
@@ -174,7 +186,7 @@ class Route:
         starts = torch.cumsum(counts, 0) - counts
         wanted = _block_sums(starts + counts, self.sent)
         back = _inverse(self.order)
-        picked = _ragged_index(starts[back], counts[back])
+        picked = ragged_index(starts[back], counts[back])
         lists = [self.exchange.all_to_all(value, sizes, wanted)[picked] for value in values]
         return (counts[back], *lists)
 
@@ -254,7 +266,9 @@ def _block_sums(ends: Tensor, blocks: Sequence[int]) -> list[int]:
     return [int(size) for size in padded[edges].diff().tolist()]
 
 
-def _ragged_index(starts: Tensor, lengths: Tensor) -> Tensor:
+def ragged_index(
+    starts: Int64[Tensor, " n"], lengths: Int64[Tensor, " n"]
+) -> Int64[Tensor, " total"]:
     """Return the positions of lists that lie at ``starts``, one list after another."""
     offsets = starts - (torch.cumsum(lengths, 0) - lengths)
     total = torch.arange(int(lengths.sum()), device=starts.device)

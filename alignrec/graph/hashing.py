@@ -5,7 +5,7 @@ after any restart. The mixing function is the finalizer of SplitMix64 (Steele et
 """
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 _WORD = 1 << 64
@@ -21,8 +21,10 @@ def salt(*words: int) -> int:
     return _signed(state)
 
 
-def hash_ids(ids: Int64[Tensor, "*shape"], key: int) -> Int64[Tensor, "*shape"]:
-    """Return a hash of each id under a key from ``salt``: all 64 bits, signed.
+def hash_ids(
+    ids: Int64[Tensor, "*shape"], key: int | Int64[Tensor, "*shape"]
+) -> Int64[Tensor, "*shape"]:
+    """Return a hash of each id under a key from ``salt`` or another hash: all 64 bits, signed.
 
     Integer arithmetic wraps, so CPU and CUDA agree bit for bit.
     """
@@ -34,11 +36,19 @@ def hash_ids(ids: Int64[Tensor, "*shape"], key: int) -> Int64[Tensor, "*shape"]:
     return mixed ^ _shift(mixed, 31)
 
 
+def uniform(hashes: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """Map hashes to [0, 1), in steps of 2**-53."""
+    return _shift(hashes, 11).to(torch.float64) * 2.0**-53
+
+
 def uniform_below(
     hashes: Int64[Tensor, "*shape"], bounds: Int64[Tensor, "*shape"] | int
 ) -> Int64[Tensor, "*shape"]:
-    """Map hashes to [0, bounds); the bias is at most bounds / 2**63."""
-    return (hashes & torch.iinfo(torch.int64).max) % bounds
+    """Map hashes to 0 .. bounds - 1; the bias is at most bounds / 2**53.
+
+    The largest product is bounds * (1 - 2**-53), which rounds to a number below bounds.
+    """
+    return (uniform(hashes) * bounds).to(torch.int64)
 
 
 def _finalize(state: int) -> int:

@@ -72,6 +72,8 @@ def write_partitions(
             "node_offset": node_offset,
             "is_hetero": True,
             "is_sorted": True,
+            "num_features": features.shape[1],
+            "feature_dtype": features.dtype.name,
             "num_nodes": dict(graph.num_nodes),
             "num_edges": {"__".join(t): len(edges) for t, edges in graph.edges.items()},
         },
