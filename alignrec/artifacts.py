@@ -274,7 +274,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("ALIGNREC_COMMIT")  # a job's copy of the code has no history
     try:
         result = subprocess.run(  # noqa: S603 - fixed words
             ["git", "-C", str(root), "rev-parse", "HEAD"],  # noqa: S607 - git from the PATH

@@ -1,0 +1,1 @@
+"""Where stages run: Ray clusters on this machine, connections to them, worker groups, manifests."""

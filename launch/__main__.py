@@ -1,0 +1,211 @@
+"""Command line: ``python -m launch run | submit | status | logs | stop | list``."""
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from alignrec.stage import exit_code
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 1 the work failed, 2 the user's mistake, 130 interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    command: Command = options.command
+    codes: list[int] = []
+    failed = exit_code(lambda: codes.append(command(options)))
+    if failed and getattr(options, "json", False):
+        state = {1: "failed", 2: "mistake"}.get(failed, "interrupted")
+        print(json.dumps({"state": state, "exit_code": failed}))
+    return failed or codes[0]
+
+
+def _run(options: argparse.Namespace) -> int:
+    from launch import recipe as recipes
+    from launch import runner, summary
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    source = str(Path(options.recipe).absolute()) if Path(options.recipe).is_file() else None
+    directory = os.environ.get("ALIGNREC_DIRECTORY")
+    if directory and Path(directory).is_dir():
+        os.chdir(directory)  # a job starts in its copy of the code; paths are relative to here
+    recipe = recipes.load(source or options.recipe, options.set)
+    run_dir = options.run_dir or Path("runs") / recipe.name
+    results = runner.run(
+        recipe,
+        run_dir,
+        engine=runner.RayEngine(),
+        selection=runner.Selection(first=options.first, last=options.last),
+        show=lambda line: print(line, flush=True),
+    )
+    print(summary.as_text(results, run_dir), flush=True)
+    if options.json:
+        print(json.dumps(summary.as_json(results, run_dir)))
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from launch import recipe as recipes
+    from launch.jobs import Jobs
+
+    recipe = recipes.load(options.recipe, options.set)
+    run_dir = (options.run_dir or Path("runs") / recipe.name).absolute()
+    further = []
+    for option, value in (("--from", options.first), ("--until", options.last)):
+        if value:
+            recipe.step(value, option)
+            further += [option, value]
+    jobs = Jobs(options.address)
+    job_id = jobs.submit(recipe, run_dir, further)
+    if options.json:
+        print(json.dumps({"id": job_id, "run_dir": str(run_dir), "address": jobs.address}))
+        return 0
+    print(job_id)
+    _hint(f"artifacts will be in {run_dir}")
+    _hint(f"watch it:  python -m launch logs {job_id} --follow")
+    _hint(f"stop it:   python -m launch stop {job_id}")
+    _hint(f"dashboard: {jobs.address}")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from launch.jobs import Jobs
+
+    jobs = Jobs(options.address)
+    _print_jobs([jobs.get(options.id)] if options.id else jobs.list()[:1], options)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from launch.jobs import Jobs
+
+    _print_jobs(Jobs(options.address).list(), options)
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from launch.jobs import Jobs
+
+    jobs = Jobs(options.address)
+    if not options.follow:
+        print(jobs.logs(options.id), end="")
+        return 0
+
+    try:
+        job = jobs.follow(options.id, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        _hint(f"\nno longer watching; {options.id} goes on. Watch it again:")
+        _hint(f"  python -m launch logs {options.id} --follow")
+        return 0
+    _hint(f"{job.id} {job.status}" + (f": {job.message}" if job.code and job.message else ""))
+    return job.code
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from launch.jobs import Jobs
+
+    jobs = Jobs(options.address)
+    before = jobs.get(options.id)
+    job = jobs.stop(options.id)
+    if before.is_over:
+        print(f"{job.id} was over already: {job.status}")
+    else:
+        print(f"{job.id} {job.status}; submitting the same run again continues it")
+    return 0
+
+
+def _print_jobs(jobs: Sequence[Any], options: argparse.Namespace) -> None:
+    if options.json:
+        fields = ("id", "status", "command", "started", "ended", "message", "exit_code")
+        rows = [{name: getattr(job, name) for name in fields} for job in jobs]
+        print(json.dumps(rows))
+        return
+    if not jobs:
+        print("no job was submitted to this cluster yet: python -m launch submit RECIPE")
+    for job in jobs:
+        begun = _clock(job.started) if job.started else "not started"
+        took = f", {job.ended - job.started:.0f} s" if job.started and job.ended else ""
+        print(f"{job.id}  {job.status}  {begun}{took}")
+
+
+def _clock(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _hint(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch",
+        description="Run a recipe's stages here, or as a job of a Ray cluster.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a recipe and wait for it")
+    _add_recipe(run)
+    run.set_defaults(command=_run)
+
+    submit = commands.add_parser("submit", help="run a recipe as a job of a cluster")
+    _add_recipe(submit)
+    _add_address(submit)
+    submit.set_defaults(command=_submit)
+
+    status = commands.add_parser("status", help="how a job is doing (default: the newest)")
+    status.add_argument("id", nargs="?", metavar="ID")
+    logs = commands.add_parser("logs", help="what a job printed")
+    logs.add_argument("id", metavar="ID")
+    logs.add_argument(
+        "--follow", "-f", action="store_true", help="until it is over; exits with its exit code"
+    )
+    stop = commands.add_parser("stop", help="stop a job")
+    stop.add_argument("id", metavar="ID")
+    jobs = commands.add_parser("list", help="all jobs of a cluster")
+    for command, function in ((status, _status), (logs, _logs), (stop, _stop), (jobs, _list)):
+        _add_address(command)
+        command.set_defaults(command=function)
+    for command in (status, jobs):
+        command.add_argument("--json", action="store_true", help="one line for a program")
+    return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help="a file in launch/recipes by name, or a path to YAML")
+    command.add_argument("--from", dest="first", metavar="STAGE", help="run it and what follows")
+    command.add_argument("--until", dest="last", metavar="STAGE", help="stop after it")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override a setting (repeatable)",
+    )
+    command.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RECIPE)")
+    command.add_argument("--json", action="store_true", help="end with one line for a program")
+
+
+def _add_address(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--address", help="http://HOST:8265 (default: the cluster that is up on this machine)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
