@@ -24,7 +24,7 @@ class ReportConfig:
     min_history: int = option(5, "training items that such a user has at least", minimum=1)
     history: int = option(8, "training items shown of each user, newest first", minimum=1)
     recommendations: int = option(10, "recommended items shown of each user", minimum=1)
-    thumbnail_side: int = option(120, "longer side of the pictures, pixels", minimum=16)
+    thumbnail_side: int = option(200, "longer side of the pictures, pixels", minimum=16)
 
 
 @dataclasses.dataclass(frozen=True)

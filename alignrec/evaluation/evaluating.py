@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignrec import artifacts, configuration
@@ -15,7 +16,7 @@ from alignrec.data.csr import CSR
 from alignrec.data.embeddings import check_same_dataset, read_embeddings, read_features
 from alignrec.distributed.process_group import rank_from_environment
 from alignrec.errors import UserError
-from alignrec.evaluation import baselines, metrics, report, showcase
+from alignrec.evaluation import baselines, comparison, metrics, report, showcase
 from alignrec.evaluation.config import EvaluationConfig
 from alignrec.evaluation.ranking import NO_ITEM, ScoreFunction, inner_product, rank_blocks
 from alignrec.stage import Context
@@ -41,6 +42,19 @@ class Task:
     held_out: dict[str, CSR]
     users: dict[str, Int64[Tensor, " num_users"]]
 
+    @property
+    def headline_split(self) -> str:
+        """The split whose margins are told: test, or valid where there is no test."""
+        return "test" if "test" in self.users else "valid"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model's metrics, and the headline's recall of each user of the headline split."""
+
+    metrics: SplitMetrics
+    by_user: Float64[Tensor, " num_users"]
+
 
 def run(config: EvaluationConfig, context: Context) -> None:
     """Evaluate every model that the inputs allow and write metrics.json and the report.
@@ -64,18 +78,21 @@ def run(config: EvaluationConfig, context: Context) -> None:
             inputs=context.inputs,
         ) as draft:
             builders = models(context.inputs, task.train, config, rank.device)
-            results = {
+            measured = {
                 name: _evaluate(name, build, task, config, draft.work, telemetry)
                 for name, build in builders.items()
             }
+            results = {name: result.metrics for name, result in measured.items()}
+            margins = comparison.margins({n: result.by_user for n, result in measured.items()})
             artifacts.write_json(draft.path / METRICS, results)
             draft.counts |= _counts(task, results)
+            draft.facts["margins"] = {n: dataclasses.asdict(m) for n, m in margins.items()}
+            outcome = report.Outcome(results, margins, task.headline_split, config.headline_k)
             shown = _show_users(task, config, context)
             run = context.output.resolve().parent.name
-            report.write(
-                draft.path / REPORT, results, shown, draft.counts, config, context.inputs, run=run
-            )
-        for line in summary_lines(results, config.headline_k, context.output / REPORT):
+            page = report.Page(outcome, shown, draft.counts, context.inputs, run)
+            report.write(draft.path / REPORT, page)
+        for line in summary_lines(outcome, context.output / REPORT):
             telemetry.say(line)
 
 
@@ -145,23 +162,24 @@ def _evaluate(
     config: EvaluationConfig,
     work: Path,
     telemetry: Telemetry,
-) -> SplitMetrics:
+) -> Measured:
     """Return the metrics of one model, from ``work`` where a killed run has finished it."""
-    finished = work / f"{name}.json"
+    table, finished = work / f"{name}.safetensors", work / f"{name}.json"
     if finished.exists():
-        result: SplitMetrics = json.loads(finished.read_text())
+        result = Measured(json.loads(finished.read_text()), load_file(table)["by_user"])
         telemetry.say(f"{name}: metrics of the interrupted run kept")
     else:
         result = _measure(name, build(), task, config, telemetry)
-        artifacts.write_json(finished, result)
-    for split, values in result.items():
+        save_file({"by_user": result.by_user}, table)
+        artifacts.write_json(finished, result.metrics)
+    for split, values in result.metrics.items():
         telemetry.log({f"{name}/{split}/{k}": v for k, v in values.items()}, step=0)
     return result
 
 
 def _measure(
     name: str, scores: ScoreFunction, task: Task, config: EvaluationConfig, telemetry: Telemetry
-) -> SplitMetrics:
+) -> Measured:
     users = torch.unique(torch.cat(list(task.users.values())))
     topk = torch.full((users.numel(), max(config.ks)), NO_ITEM)
     done = 0
@@ -172,12 +190,15 @@ def _measure(
             topk[done : done + block.numel()] = items.cpu()
             done += block.numel()
             bar.update(block.numel(), note=name)
-    result = {}
-    for split, own in task.users.items():
-        rows = torch.searchsorted(users, own)
-        held_out = task.held_out[split].select(own)
-        result[split] = metrics.evaluate(topk[rows], held_out, config.ks)
-    return result
+    lists = {split: topk[torch.searchsorted(users, own)] for split, own in task.users.items()}
+    truth = {split: task.held_out[split].select(own) for split, own in task.users.items()}
+    split = task.headline_split
+    return Measured(
+        {split: metrics.evaluate(lists[split], truth[split], config.ks) for split in task.users},
+        metrics.recall_of_users(
+            truth[split].contains(lists[split]), truth[split].row_lengths, config.headline_k
+        ),
+    )
 
 
 def _show_users(task: Task, config: EvaluationConfig, context: Context) -> list[showcase.ShownUser]:
@@ -200,18 +221,17 @@ def _item_counts(train: CSR) -> Int64[Tensor, " num_items"]:
     return torch.bincount(train.columns, minlength=train.num_cols)
 
 
-def summary_lines(results: Mapping[str, SplitMetrics], k: int, report_path: Path) -> list[str]:
+def summary_lines(outcome: report.Outcome, report_path: Path) -> list[str]:
     """Return what is told at the end: a table, the margins of alignrec, where the report is."""
-    split = "test" if "test" in results["alignrec"] else "valid"
+    split, k = outcome.split, outcome.k
     names = [f"{metric}@{k}" for metric in ("recall", "ndcg", "precision", "map")]
     lines = ["  ".join([f"{split:<12}", *(f"{name:>12}" for name in names)])]
-    for model, values in results.items():
+    for model, values in outcome.results.items():
         numbers = (f"{values[split][name]:>12.4f}" for name in names)
         lines.append("  ".join([f"{model:<12}", *numbers]))
-    for other, margin in report.margins(results, split, names[0]).items():
-        if other in ("popularity", "ablation"):
-            relative = "" if margin.relative is None else f" ({margin.relative:+.1%})"
-            lines.append(
-                f"alignrec over {other}: {margin.difference:+.4f} {split} {names[0]}{relative}"
-            )
+    lines += [
+        f"alignrec over {other}: {outcome.margins[other].words} {split} {outcome.headline}"
+        for other in ("popularity", "ablation")
+        if other in outcome.margins
+    ]
     return [*lines, f"report: {report_path}"]

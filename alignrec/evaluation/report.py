@@ -15,13 +15,13 @@ from PIL import Image
 from alignrec import artifacts
 from alignrec.evaluation import charts, lineage, showcase
 from alignrec.evaluation.charts import Chart
-from alignrec.evaluation.config import EvaluationConfig
+from alignrec.evaluation.comparison import Margin
 from alignrec.evaluation.statistics import read_statistics
 from alignrec.telemetry import read_history
 
 MODEL_WORDS = {
     "alignrec": ("AlignRec", "both stages: content and interactions aligned"),
-    "ablation": ("Ablation", "the same model with other settings, by default without content"),
+    "ablation": ("Ablation", "the same model with other settings"),
     "popularity": ("Popularity", "the most chosen training items, the same for everybody"),
     "zero_shot": (
         "Zero-shot",
@@ -42,12 +42,44 @@ Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Margin:
-    """By how much the trained model is ahead of another one."""
+class Outcome:
+    """What was measured.
 
-    over: str
-    difference: float
-    relative: float | None
+    Attributes:
+        results: model -> split -> metric -> number.
+        margins: other model -> how far alignrec is ahead of it in the headline metric.
+        split: split of the headline.
+        k: list length of the headline, items.
+    """
+
+    results: Results
+    margins: Mapping[str, Margin]
+    split: str
+    k: int
+
+    @property
+    def headline(self) -> str:
+        """Name of the metric of the headline."""
+        return f"recall@{self.k}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What the page is made of.
+
+    Attributes:
+        outcome: the metrics.
+        shown: users whose recommendations are shown.
+        counts: counts of the evaluation itself.
+        inputs: artifact folders, as the stage's context has them.
+        run: name of the run.
+    """
+
+    outcome: Outcome
+    shown: list[showcase.ShownUser]
+    counts: Mapping[str, int]
+    inputs: Mapping[str, Path]
+    run: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,30 +101,10 @@ class Curves:
     more: list[Chart]
 
 
-def write(
-    path: Path,
-    results: Results,
-    shown: list[showcase.ShownUser],
-    counts: Mapping[str, int],
-    config: EvaluationConfig,
-    inputs: Mapping[str, Path],
-    *,
-    run: str,
-) -> None:
-    """Write the page.
-
-    Args:
-        path: the HTML file.
-        results: model -> split -> metric -> number.
-        shown: users whose recommendations are shown.
-        counts: counts of the evaluation itself.
-        config: the stage's settings.
-        inputs: artifact folders, as the stage's context has them.
-        run: name of the run.
-    """
-    page = render(page_values(results, shown, counts, config, inputs, run=run))
+def write(path: Path, page: Page) -> None:
+    """Write the page to an HTML file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(render(page_values(page)), encoding="utf-8")
 
 
 def render(values: Mapping[str, Any]) -> str:
@@ -105,7 +117,6 @@ def render(values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["count"] = lambda n: f"{n:,}"
-    environment.filters["percent"] = lambda x: f"{x:+.1%}".replace("%", " %")
     environment.filters["in_words"] = lineage.in_words
     environment.filters["short"] = charts.number
     environment.filters["metric"] = metric_words
@@ -114,49 +125,53 @@ def render(values: Mapping[str, Any]) -> str:
     return template.render(style=style.read_text(encoding="utf-8"), **values).lstrip()
 
 
-def page_values(
-    results: Results,
-    shown: list[showcase.ShownUser],
-    counts: Mapping[str, int],
-    config: EvaluationConfig,
-    inputs: Mapping[str, Path],
-    *,
-    run: str,
-) -> dict[str, Any]:
+def page_values(page: Page) -> dict[str, Any]:
     """Collect everything that the template shows."""
+    outcome, inputs = page.outcome, page.inputs
+    results, headline = outcome.results, outcome.headline
     dataset = artifacts.read(inputs["dataset"], "dataset")
-    split = "test" if "test" in results["alignrec"] else "valid"
-    headline = f"recall@{config.headline_k}"
+    models = MODEL_WORDS | ablation_words(inputs)
+    curve_names = {"embeddings": models["alignrec"][0], "ablation": models["ablation"][0]}
     return {
-        "run": run,
+        "run": page.run,
         "created": datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC"),
         "producer": artifacts.producer(),
         "dataset": dataset.counts,
-        "counts": counts,
+        "counts": page.counts,
         "headline": headline,
-        "headline_split": SPLIT_WORDS[split],
-        "headline_value": results["alignrec"][split][headline],
-        "margins": margins(results, split, headline),
-        "bars": [(model, values[split][headline]) for model, values in results.items()],
-        "models": MODEL_WORDS,
-        "summary": metric_table(results, split, summary_names(config)),
+        "headline_split": SPLIT_WORDS[outcome.split],
+        "headline_value": results["alignrec"][outcome.split][headline],
+        "margins": outcome.margins,
+        "bars": [(model, values[outcome.split][headline]) for model, values in results.items()],
+        "models": models,
+        "summary": metric_table(results, outcome.split, summary_names(outcome)),
         "tables": [
             metric_table(results, name, tuple(results["alignrec"][name]))
             for name in SPLIT_WORDS
             if name in results["alignrec"]
         ],
-        "users": shown,
-        "aspect": aspect_ratio(shown),
+        "users": page.shown,
+        "aspect": aspect_ratio(page.shown),
         "steps": lineage.trace(inputs),
         "quarantine": quarantine_reasons(inputs["dataset"]),
         "statistics": read_statistics(_without(dataset.facts, "quarantine")),
         "pretrain": curves(inputs, {"encoder": "encoder"}, first="loss"),
         "reconstructions": reconstructions(inputs),
-        "align": curves(
-            inputs, {"embeddings": "AlignRec", "ablation": "Ablation"}, first=f"valid/{headline}"
-        ),
+        "align": curves(inputs, curve_names, first=f"valid/{headline}"),
         "align_facts": artifacts.read(inputs["embeddings"]).facts,
     }
+
+
+def ablation_words(inputs: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
+    """Name the ablation by the settings in which it differs from the model."""
+    if "ablation" not in inputs:
+        return {}
+    own, other = (artifacts.read(inputs[kind]).config for kind in ("embeddings", "ablation"))
+    changed = {name: value for name, value in other.items() if own.get(name) != value}
+    if changed == {"content": False}:
+        return {"ablation": ("Without content", "the same model from interactions alone")}
+    listed = ", ".join(f"{name} {value}" for name, value in changed.items())
+    return {"ablation": ("Ablation", f"the same model with {listed or 'another seed'}")}
 
 
 def metric_words(name: str) -> str:
@@ -165,23 +180,10 @@ def metric_words(name: str) -> str:
     return (metric.upper() if metric in ("ndcg", "map") else metric.capitalize()) + at + k
 
 
-def margins(results: Results, split: str, metric: str) -> dict[str, Margin]:
-    """Return the margin of alignrec over each other model, in absolute and relative terms."""
-    own = results["alignrec"][split][metric]
-    return {
-        model: Margin(
-            model,
-            own - values[split][metric],
-            own / values[split][metric] - 1 if values[split][metric] else None,
-        )
-        for model, values in results.items()
-        if model != "alignrec"
-    }
-
-
-def summary_names(config: EvaluationConfig) -> tuple[str, ...]:
+def summary_names(outcome: Outcome) -> tuple[str, ...]:
     """Return the few metrics of the first table: recall and NDCG at up to two lengths."""
-    ks = sorted({config.headline_k, *(k for k in config.ks if k == 10)})
+    names = outcome.results["alignrec"][outcome.split]
+    ks = [k for k in sorted({10, outcome.k}) if f"recall@{k}" in names]
     return tuple(f"{metric}@{k}" for metric in ("recall", "ndcg") for k in ks)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 from alignrec import artifacts
 from alignrec.data import schema
 from alignrec.data.csr import CSR
-from alignrec.evaluation import charts, report, showcase
-from alignrec.evaluation.config import EvaluationConfig, ReportConfig
+from alignrec.evaluation import charts, comparison, report, showcase
+from alignrec.evaluation.config import ReportConfig
 from alignrec.evaluation.ranking import inner_product
 from alignrec.evaluation.statistics import read_statistics
 from alignrec.testing.datasets import write_dataset
@@ -27,9 +28,10 @@ RESULTS = {
     for split in ("test",)
     for model, value in (("alignrec", 0.3), ("popularity", 0.2), ("ablation", 0.0))
 }
+OUTCOME = report.Outcome(RESULTS, {}, "test", 20)
 
 
-class Page(HTMLParser):
+class ParsedPage(HTMLParser):
     """Tags of a page, and those that were never closed."""
 
     VOID = frozenset({"meta", "img", "link", "br", "line", "circle", "path"})
@@ -56,7 +58,7 @@ class Page(HTMLParser):
 def make_page(tmp_path: Path, **changes: object) -> str:
     dataset = write_dataset(tmp_path / "data_prep")
     inputs = {"dataset": dataset, "embeddings": write_embeddings(tmp_path / "align", dataset)}
-    values = report.page_values(RESULTS, [], {}, EvaluationConfig(), inputs, run="demo")
+    values = report.page_values(report.Page(OUTCOME, [], {}, inputs, "demo"))
     return report.render({**values, **changes})
 
 
@@ -66,14 +68,14 @@ def test_hostile_titles_keys_and_names_are_text(tmp_path: Path) -> None:
         HOSTILE, 1, (tile,), (tile,), (showcase.HeldOut(HOSTILE, 1, is_shown=True),)
     )
     page = make_page(tmp_path, users=[user], run=HOSTILE, quarantine=[(HOSTILE, HOSTILE, 3)])
-    parsed = Page(page)
+    parsed = ParsedPage(page)
     assert parsed.attributes("script") == []
     assert not any("onerror" in attributes for _, attributes in parsed.tags)
     assert "&lt;script&gt;" in page
 
 
 def test_page_is_well_formed_and_asks_for_nothing_outside(tmp_path: Path) -> None:
-    parsed = Page(make_page(tmp_path))
+    parsed = ParsedPage(make_page(tmp_path))
     assert parsed.open == []
     for _, attributes in parsed.tags:
         for name in ("src", "href", "srcset", "data", "action"):
@@ -85,11 +87,38 @@ def test_page_is_well_formed_and_asks_for_nothing_outside(tmp_path: Path) -> Non
     assert all(a.get("aria-label") for a in parsed.attributes("svg"))
 
 
-def test_margins_are_absolute_and_relative() -> None:
-    margins = report.margins(RESULTS, "test", "recall@20")
-    assert margins["popularity"].difference == pytest.approx(0.1)
-    assert margins["popularity"].relative == pytest.approx(0.5)
-    assert margins["ablation"].relative is None
+def test_margins_are_means_and_errors_of_the_users_differences() -> None:
+    own = torch.tensor([0.5, 0.0, 1.0, 0.5], dtype=torch.float64)
+    other = torch.tensor([0.0, 0.0, 1.0, 0.6], dtype=torch.float64)
+    margins = comparison.margins({"alignrec": own, "other": other, "none": torch.zeros(4)})
+    differences = [0.5, 0.0, 0.0, -0.1]
+    assert margins["other"].difference == pytest.approx(0.1)
+    assert margins["other"].relative == pytest.approx(0.25)
+    assert margins["other"].error == pytest.approx(statistics.stdev(differences) / 2)
+    assert margins["other"].words == f"+0.1000 ± {margins['other'].error:.4f} (+25.0 %)"
+    assert margins["none"].relative is None
+    assert comparison.margins({"alignrec": own[:1], "other": own[:1]})["other"].error is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"content": False, "layers": 2}, "Without content"),
+        ({"content": False, "layers": 1}, "the same model with content False, layers 1"),
+        ({"content": True, "layers": 2}, "the same model with another seed"),
+    ],
+)
+def test_the_ablation_is_named_by_what_differs(
+    tmp_path: Path, settings: dict[str, object], words: str
+) -> None:
+    inputs = {}
+    for name, config in (("embeddings", {"content": True, "layers": 2}), ("ablation", settings)):
+        inputs[name] = tmp_path / name
+        with artifacts.writing(
+            inputs[name], kind="embeddings", fingerprint=name, config=config, inputs={}
+        ):
+            pass
+    assert words in report.ablation_words(inputs)["ablation"]
 
 
 def test_best_of_each_column_is_found() -> None:
@@ -231,7 +260,7 @@ def test_lineage_survives_a_deleted_source(tmp_path: Path) -> None:
     manifest["inputs"]["graph"] = {"path": str(tmp_path / "gone"), "identity": "f" * 64}
     artifacts.write_json(embeddings / artifacts.MANIFEST, manifest)
     inputs = {"dataset": dataset, "embeddings": embeddings}
-    values = report.page_values(RESULTS, [], {}, EvaluationConfig(), inputs, run="demo")
+    values = report.page_values(report.Page(OUTCOME, [], {}, inputs, "demo"))
     steps = values["steps"]
     assert [step.kind for step in steps] == ["dataset", "graph", "embeddings"]
     assert re.search(r"no longer at its place", report.render(values))
