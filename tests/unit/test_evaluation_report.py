@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
-from alignrec import artifacts
+from alignrec import artifacts, configuration
 from alignrec.data import schema
 from alignrec.data.csr import CSR
 from alignrec.evaluation import charts, comparison, report, showcase
-from alignrec.evaluation.config import ReportConfig
+from alignrec.evaluation.config import EvaluationConfig, ReportConfig
 from alignrec.evaluation.ranking import inner_product
 from alignrec.evaluation.statistics import read_statistics
+from alignrec.export.config import ExportConfig
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.results import write_embeddings
 
@@ -264,3 +266,14 @@ def test_lineage_survives_a_deleted_source(tmp_path: Path) -> None:
     steps = values["steps"]
     assert [step.kind for step in steps] == ["dataset", "graph", "embeddings"]
     assert re.search(r"no longer at its place", report.render(values))
+
+
+def test_the_settings_in_the_documents_are_the_defaults() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    written = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    for section, cls in (("evaluation", EvaluationConfig), ("export", ExportConfig)):
+        default = configuration.to_mapping(cls())
+        assert written[section] == default
+        assert (
+            configuration.to_mapping(configuration.build(cls, default, section=section)) == default
+        )
