@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,11 +71,6 @@ def run_shards(
         raise StageFailure(
             f"a shard task failed: {last}. Finished shards are kept; run the same command again."
         ) from error
-
-
-def bad_reasons(summary: dict[str, Any]) -> Counter[str]:
-    """Return reason -> number of bad pictures of a finished shard."""
-    return Counter(json.loads(summary["bad_reasons"]))
 
 
 def _connect(config: DataPrepConfig) -> None:

@@ -4,8 +4,6 @@ The order is chosen so that mistakes show early: the log is read before any pict
 """
 
 import dataclasses
-import json
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -73,7 +71,7 @@ class _Preparation:
     def run_mmrec(self) -> None:
         """Import interactions with ready splits; there are no samples."""
         data = mmrec.read(self.config.mmrec, self.quarantine)
-        self._check("interactions", data.num_rows)
+        self._check("interactions", data.num_rows, self.config.mmrec.interactions)
         num_items = len(data.item_keys)
         nothing = pa.repeat("", num_items)
         no = pa.array(np.zeros(num_items, dtype=bool))
@@ -94,7 +92,7 @@ class _Preparation:
         config = self._with_raw_files()
         item_files = locations.find(paths_of(config.items.path))
         keys = catalogue.read_keys(item_files, config.items.columns, self.quarantine)
-        self._check("items", keys.num_rows + keys.num_malformed)
+        self._check("items", keys.num_rows + keys.num_malformed, item_files[0].url)
         kept_items = self._prepare_interactions(config, keys.good)
         is_item = _rows_of(keys.is_good, kept_items)
         plan = self._shard_plan(config)
@@ -106,8 +104,9 @@ class _Preparation:
             max_rows=config.shards.max_samples,
         )
         tally = self._make_shards(plan, num_chunks, int(is_item.sum()))
+        self._collect_bad_pictures(plan, num_chunks)
+        self._check("images", tally.images_declared, plan.images.root)
         self._join_parts(plan, num_chunks)
-        self._check("images", tally.images_declared)
         self._finish(tally, num_items=int(is_item.sum()), num_shards=num_chunks)
 
     def _with_raw_files(self) -> DataPrepConfig:
@@ -148,7 +147,7 @@ class _Preparation:
             need_timestamps=config.split.strategy in TIME_STRATEGIES,
         )
         num_rows = len(raw) + raw.num_malformed
-        self._check("interactions", num_rows)
+        self._check("interactions", num_rows, files[0].url)
         del raw
         log, dropped = interactions.clean(log, config.interactions)
         user, old_users = interactions.renumber(log.user, len(user_keys))
@@ -210,28 +209,30 @@ class _Preparation:
 
     def _make_shards(self, plan: ShardPlan, num_chunks: int, num_items: int) -> Tally:
         """Run the shard tasks that are not done; return the statistics of all shards."""
+        done = [chunk for chunk in range(num_chunks) if plan.is_done(chunk)]
         left = [chunk for chunk in range(num_chunks) if not plan.is_done(chunk)]
-        if len(left) < num_chunks:
-            self.telemetry.say(
-                f"resuming: {num_chunks - len(left)} of {num_chunks} shards are done"
-            )
-        done = sum(
-            json.loads(plan.done_path(chunk).read_text())["summary"]["num_items"]
-            for chunk in set(range(num_chunks)) - set(left)
-        )
-        bad: Counter[str] = Counter()
-        with self.telemetry.progress(num_items, "items", done=done) as bar:
+        if done:
+            self.telemetry.say(f"resuming: {len(done)} of {num_chunks} shards are done")
+        summaries = [plan.read_done(chunk)["summary"] for chunk in done]
+        num_done = sum(summary["num_items"] for summary in summaries)
+        num_bad = sum(summary["num_bad_images"] for summary in summaries)
+        with self.telemetry.progress(num_items, "items", done=num_done) as bar:
 
             def finished(summary: dict[str, Any]) -> None:
-                bad.update(engine.bad_reasons(summary))
-                bar.update(summary["num_items"], note=f"{bad.total():,} bad pictures")
+                nonlocal num_bad
+                num_bad += summary["num_bad_images"]
+                bar.update(summary["num_items"], note=f"{num_bad:,} bad pictures")
+                # Already too many for the whole catalogue: hours more would not change that.
+                if num_bad > self.config.max_bad_fraction * num_items:
+                    self._collect_bad_pictures(plan, num_chunks)
+                    self._check("images", bar.done, plan.images.root)
 
             if left:
                 with engine.session(self.config):
                     engine.run_shards(plan, left, num_cpus=self.config.num_cpus, finished=finished)
         tally = Tally()
         for chunk in range(num_chunks):
-            tally.merge(json.loads(plan.done_path(chunk).read_text())["tally"])
+            tally.merge(plan.read_done(chunk)["tally"])
         return tally
 
     def _join_parts(self, plan: ShardPlan, num_chunks: int) -> None:
@@ -240,19 +241,27 @@ class _Preparation:
             with pq.ParquetWriter(self.draft.path / f"{name}.parquet", kind) as writer:
                 for chunk in range(num_chunks):
                     writer.write_table(pq.read_table(plan.part_path(chunk, name), schema=kind))
-        for chunk in range(num_chunks):
+
+    def _collect_bad_pictures(self, plan: ShardPlan, num_chunks: int) -> None:
+        for chunk in filter(plan.is_done, range(num_chunks)):
             part = pq.read_table(plan.part_path(chunk, "quarantine"), schema=schema.QUARANTINE)
             if len(part):
                 self.quarantine.tables.append(part)
 
-    def _check(self, source: str, total: int) -> None:
+    def _check(self, source: str, total: int, location: str) -> None:
         """Fail when too much of a source is bad, with the list where it outlives the run."""
         counts = self.quarantine.reasons().get(source, {})
         if not counts:
             return
         listed_in = self.context.log_dir / "quarantine.parquet"
         self.quarantine.write(listed_in)
-        check_budget(source, counts, total, self.config.max_bad_fraction, listed_in)
+        check_budget(
+            f"{source} of {location}",
+            counts,
+            total,
+            max_fraction=self.config.max_bad_fraction,
+            listed_in=listed_in,
+        )
 
     def _finish(self, tally: Tally, *, num_items: int, num_shards: int) -> None:
         self.quarantine.write(self.draft.path / "quarantine.parquet")

@@ -104,12 +104,12 @@ def clean_detail(text: str) -> str:
 
 
 def check_budget(
-    source: str, counts: Mapping[str, int], total: int, max_fraction: float, listed_in: Path
+    source: str, counts: Mapping[str, int], total: int, *, max_fraction: float, listed_in: Path
 ) -> None:
     """Fail the stage when too much of one source is bad.
 
     Args:
-        source: items, images or interactions.
+        source: what is bad and where it lies, e.g. "images of /data".
         counts: reason -> number of bad rows.
         total: rows looked at, good and bad.
         max_fraction: ``max_bad_fraction`` of the recipe.

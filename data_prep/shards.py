@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +74,11 @@ class ShardPlan:
     def is_done(self, chunk: int) -> bool:
         """Say whether the chunk's shard and tables are complete."""
         return self.done_path(chunk).exists()
+
+    def read_done(self, chunk: int) -> dict[str, Any]:
+        """Return what the mark of a finished chunk says: its summary and its tally."""
+        content: dict[str, Any] = json.loads(self.done_path(chunk).read_text())
+        return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +146,12 @@ def write_shard(row: Mapping[str, Any], plan: ShardPlan) -> dict[str, Any]:
         plan: what is the same for all chunks.
 
     Returns:
-        {"chunk", "num_items", "num_images", "num_bad_images"}.
+        {"chunk", "num_items", "num_bad_images"}.
     """
     chunk = int(row["chunk"])
     if not plan.is_done(chunk):
         _write_shard(chunk, plan)
-    summary: dict[str, Any] = json.loads(plan.done_path(chunk).read_text())["summary"]
+    summary: dict[str, Any] = plan.read_done(chunk)["summary"]
     return summary
 
 
@@ -184,9 +189,7 @@ def _write_shard(chunk: int, plan: ShardPlan) -> None:
     summary = {
         "chunk": chunk,
         "num_items": len(items),
-        "num_images": tally.images_declared,
         "num_bad_images": len(bad),
-        "bad_reasons": json.dumps(Counter(verdict.reason.value for _, verdict in bad)),
     }
     write_json(plan.done_path(chunk), {"summary": summary, "tally": dataclasses.asdict(tally)})
 

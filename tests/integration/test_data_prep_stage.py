@@ -196,6 +196,20 @@ def test_bad_rows_and_pictures_are_left_out_and_nothing_else(
     assert differ.tolist() == [3, 5]
 
 
+def test_a_wrong_folder_of_pictures_stops_the_run_early(
+    raw: Path, local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = table_section(raw, images={"root": str(tmp_path)}, num_cpus=1)
+    assert prepare(tmp_path / "out", section) == 1
+    error = capsys.readouterr().err
+    assert f"images of {tmp_path}" in error
+    assert "image_missing" in error
+    listed = pq.read_table(tmp_path / "out.logs" / "quarantine.parquet")
+    assert 0 < len(listed) < NUM_ITEMS - 1
+    assert prepare(tmp_path / "out", {**section, "max_bad_fraction": 1.0}) == 0
+    assert artifacts.read(tmp_path / "out").counts["num_quarantined"] == NUM_ITEMS - 1
+
+
 def test_items_without_interactions_can_be_left_out(
     raw: Path, local_ray: None, tmp_path: Path
 ) -> None:
