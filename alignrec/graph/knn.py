@@ -95,7 +95,7 @@ def nearest_items(
         columns, empty = rows.read(first, last)
         keys = _order_keys(queries @ columns.T, first)  # (rows, columns)
         keys[:, empty] = _NOTHING
-        if not include_self:
+        if not include_self and start < last and first < stop:
             own = torch.arange(max(start, first), min(stop, last), device=keys.device)
             keys[own - start, own - first] = _NOTHING
         merged = torch.cat([best, keys.topk(min(k, last - first), dim=1).values], dim=1)

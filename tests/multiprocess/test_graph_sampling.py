@@ -4,12 +4,13 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from alignrec.distributed.exchange import Exchange
-from alignrec.distributed.process_group import new_group, process_group
-from alignrec.graph.loader import TripleLoader, TripleSettings, prefetch
+from alignrec.distributed.process_group import Rank, new_group, process_group
+from alignrec.graph.loader import NodeBatchLoader, TripleLoader, TripleSettings, prefetch
 from alignrec.graph.schema import ITEM, USER
 from alignrec.graph.stores import PartitionedGraph
 from alignrec.testing.datasets import write_dataset
@@ -18,7 +19,8 @@ from alignrec.testing.processes import run_ranks
 from alignrec.testing.propagation import batch_propagation, dense_propagation, random_parameters
 
 NUM_USERS, NUM_ITEMS, NUM_FEATURES = 50, 40, 12
-STEPS_OF_FIVE = 60
+# graph, fanout, layers
+RUNS = [("graph2", -1, 2), ("graph2", -1, 3), ("graph1", 2, 2), ("graph2", 2, 2), ("graph4", 2, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -35,107 +37,132 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"dataset": dataset, "features": features, **graphs}
 
 
-def settings(fanout: int, layers: int = 2, batch: int = 30) -> TripleSettings:
+def settings(fanout: int, layers: int = 2, batch: int = 80) -> TripleSettings:
     return TripleSettings((fanout,) * layers, (fanout,), batch, num_negatives=2, seed=3)
 
 
-def collect_rows(graph: Path, fanout: int, layers: int) -> dict[str, Any]:
-    """Return seeds and their representations over an epoch of this rank."""
+def collect_rows(graph: Path, fanout: int, layers: int, rank: Rank) -> dict[str, Any]:
+    """Return this rank's seeds of an epoch and their representations."""
     parameters = random_parameters(NUM_USERS, NUM_ITEMS, NUM_FEATURES)
-    rows: dict[str, list[Any]] = {"user": [], "item": [], "triples": [], "totals": []}
+    result: dict[str, Any] = {"triples": [], "totals": []}
+    rows: dict[str, list[torch.Tensor]] = {USER: [], ITEM: []}
+    exchange = Exchange(rank, new_group(timeout_seconds=60))
+    store = PartitionedGraph.open(graph, rank)
+    loader = TripleLoader(store, exchange, settings(fanout, layers))
+    with contextlib.closing(prefetch(loader.epoch(1), depth=2)) as batches:
+        for batch in batches:
+            h = batch_propagation(batch, parameters)
+            user, positive = batch[USER].src_index, batch[ITEM].dst_pos_index
+            negative = batch[ITEM].dst_neg_index
+            item = torch.cat([positive, negative.ravel()])
+            users, items = batch[USER].n_id, batch[ITEM].n_id
+            rows[USER].append(torch.cat([users[user, None], h.user_id[user], h.user_mm[user]], 1))
+            rows[ITEM].append(torch.cat([items[item, None], h.item_id[item], h.item_mm[item]], 1))
+            triples = torch.cat([users[user, None], items[positive, None], items[negative]], 1)
+            result["triples"] += [(batch.step, *triple) for triple in triples.tolist()]
+            result["totals"].append((batch.step, len(user), batch.num_triples))
+    return result | {kind: torch.cat(parts).numpy() for kind, parts in rows.items()}
+
+
+def collect_nodes(graph: Path, rank: Rank) -> dict[str, Any]:
+    """Return h of users, asked for by rank: rank r wants r users."""
+    parameters = random_parameters(NUM_USERS, NUM_ITEMS, NUM_FEATURES)
+    exchange = Exchange(rank, new_group(timeout_seconds=60))
+    store = PartitionedGraph.open(graph, rank)
+    wanted = torch.arange(rank.index) * 7
+    loader = NodeBatchLoader(
+        store, exchange, USER, wanted, num_neighbors=(-1, -1), similar_neighbors=(-1,), batch_size=1
+    )
+    rows = [torch.empty(0, 4)]
+    for batch in loader:
+        rows.append(batch_propagation(batch, parameters).user_id[batch[USER].seed_index])
+    return {"wanted": wanted.numpy(), "rows": torch.cat(rows).numpy(), "steps": len(rows) - 1}
+
+
+def run_all(graphs: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """All that the tests want of one rank, in one go: starting ranks takes longer than the work."""
     with process_group(timeout_seconds=60) as rank:
-        exchange = Exchange(rank, new_group(timeout_seconds=60))
-        store = PartitionedGraph.open(graph, rank)
-        loader = TripleLoader(store, exchange, settings(fanout, layers))
-        with contextlib.closing(prefetch(loader.epoch(1), depth=2)) as batches:
-            for batch in batches:
-                h = batch_propagation(batch, parameters)
-                user = batch[USER].src_index
-                positive, negative = batch[ITEM].dst_pos_index, batch[ITEM].dst_neg_index
-                item = torch.cat([positive, negative.ravel()])
-                rows["user"] += [
-                    (int(u), a.tolist(), b.tolist())
-                    for u, a, b in zip(
-                        batch[USER].n_id[user], h.user_id[user], h.user_mm[user], strict=True
-                    )
-                ]
-                rows["item"] += [
-                    (int(i), a.tolist(), b.tolist())
-                    for i, a, b in zip(
-                        batch[ITEM].n_id[item], h.item_id[item], h.item_mm[item], strict=True
-                    )
-                ]
-                rows["triples"] += [
-                    (batch.step, int(u), int(p), tuple(n))
-                    for u, p, n in zip(
-                        batch[USER].n_id[user],
-                        batch[ITEM].n_id[positive],
-                        batch[ITEM].n_id[negative].tolist(),
-                        strict=True,
-                    )
-                ]
-                rows["totals"].append((batch.step, len(user), batch.num_triples))
-    return rows
+        results = {
+            f"{name} {fanout} {layers}": collect_rows(graphs[name], fanout, layers, rank)
+            for name, fanout, layers in RUNS
+        }
+        return results | {"nodes": collect_nodes(graphs["graph4"], rank)}
 
 
-def run_epoch(graph: Path, world_size: int, fanout: int, layers: int = 2) -> list[dict[str, Any]]:
-    if world_size == 1:
-        return [collect_rows(graph, fanout, layers)]
-    return run_ranks(collect_rows, world_size, graph, fanout, layers)
+@pytest.fixture(scope="module")
+def ranks(inputs: dict[str, Path]) -> dict[int, list[dict[str, dict[str, Any]]]]:
+    graphs = {name: path for name, path in inputs.items() if name.startswith("graph")}
+    return {
+        1: [run_all(graphs)],
+        2: run_ranks(run_all, 2, graphs),
+        3: run_ranks(run_all, 3, graphs),
+    }
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("world_size", "layers"), [(1, 2), (1, 3), (2, 2), (3, 3)])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("layers", [2, 3])
 def test_full_fanout_is_the_whole_graph(
-    inputs: dict[str, Path], world_size: int, layers: int
+    inputs: dict[str, Path], ranks: Any, world_size: int, layers: int
 ) -> None:
-    """Every seed's representations equal dense propagation; with 2 partitions rank 3 owns none."""
-    graph = inputs["graph2" if world_size == 3 else "graph4"]
+    """Every seed's representations equal dense propagation; one of 3 ranks owns no partition."""
     expected = dense_propagation(
         random_parameters(NUM_USERS, NUM_ITEMS, NUM_FEATURES),
         dataset=inputs["dataset"],
         features=inputs["features"],
-        graph=graph,
+        graph=inputs["graph2"],
         num_layers=layers,
     )
-    ranks = run_epoch(graph, world_size, -1, layers)
-    for kind, by_id, by_content in (
-        ("user", expected.user_id, expected.user_mm),
-        ("item", expected.item_id, expected.item_mm),
+    for kind, values in (
+        (USER, torch.cat([expected.user_id, expected.user_mm], 1)),
+        (ITEM, torch.cat([expected.item_id, expected.item_mm], 1)),
     ):
-        seen = [row for rank in ranks for row in rank[kind]]
-        ids = torch.tensor([row[0] for row in seen])
-        assert len(ids) >= 300
-        torch.testing.assert_close(
-            torch.tensor([row[1] for row in seen], dtype=torch.float64),
-            by_id[ids],
-            atol=1e-6,
-            rtol=0,
-        )
-        torch.testing.assert_close(
-            torch.tensor([row[2] for row in seen], dtype=torch.float64),
-            by_content[ids],
-            atol=1e-6,
-            rtol=0,
-        )
+        rows = torch.cat([torch.tensor(r[f"graph2 -1 {layers}"][kind]) for r in ranks[world_size]])
+        assert len(rows) == NUM_USERS * 6 * (1 if kind == USER else 3)
+        torch.testing.assert_close(rows[:, 1:], values[rows[:, 0].long()], atol=1e-6, rtol=0)
 
 
 @pytest.mark.multiprocess
-def test_ranks_and_partitions_do_not_change_triples_or_samples(inputs: dict[str, Path]) -> None:
-    """1, 2 and 4 partitions on 1, 2 and 4 ranks: the same triples a step, the same values."""
-    reference = run_epoch(inputs["graph1"], 1, 2)
-    triples = sorted(reference[0]["triples"])
-    assert len(triples) == len({t[1:3] for t in triples}) == NUM_USERS * 6
-    values = {
-        (r[0], tuple(r[1]), tuple(r[2])) for kind in ("user", "item") for r in reference[0][kind]
-    }
-    for parts, world_size in ((4, 1), (2, 2), (4, 4)):
-        ranks = run_epoch(inputs[f"graph{parts}"], world_size, 2)
-        assert sorted(t for rank in ranks for t in rank["triples"]) == triples
-        others = [r for rank in ranks for kind in ("user", "item") for r in rank[kind]]
-        close = {(r[0], *(round(x, 5) for x in r[1] + r[2])) for r in others}
-        assert close == {(v[0], *(round(x, 5) for x in v[1] + v[2])) for v in values}
-        steps = len(ranks[0]["totals"])
-        assert [len(rank["totals"]) for rank in ranks] == [steps] * world_size
-        for totals in zip(*(rank["totals"] for rank in ranks), strict=True):
-            assert {total[2] for total in totals} == {sum(total[1] for total in totals)}
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_bring_nodes_of_their_own(
+    inputs: dict[str, Path], ranks: Any, world_size: int
+) -> None:
+    """Ranks ask for 0, 1 and 2 users and still make equally many steps."""
+    expected = dense_propagation(
+        random_parameters(NUM_USERS, NUM_ITEMS, NUM_FEATURES),
+        dataset=inputs["dataset"],
+        features=inputs["features"],
+        graph=inputs["graph4"],
+        num_layers=2,
+    )
+    for index, rank in enumerate(ranks[world_size]):
+        found = rank["nodes"]
+        assert len(found["rows"]) == index
+        assert found["steps"] == world_size - 1
+        np.testing.assert_allclose(found["rows"], expected.user_id[found["wanted"]], atol=1e-6)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("parts", "world_size"), [(4, 1), (4, 2), (1, 2), (2, 3), (4, 3)])
+def test_ranks_and_partitions_do_not_change_the_sample(
+    ranks: Any, parts: int, world_size: int
+) -> None:
+    """The same triples at each step and the same sampled values for them, wherever they are."""
+    (alone,) = ranks[1]
+    reference = alone["graph1 2 2"]
+    triples = sorted(reference["triples"])
+    pairs = {triple[1:3] for triple in triples}
+    assert len(triples) == len(pairs) == NUM_USERS * 6
+    found = [rank[f"graph{parts} 2 2"] for rank in ranks[world_size]]
+    assert sorted(triple for rank in found for triple in rank["triples"]) == triples
+    for kind in (USER, ITEM):
+        rows = np.concatenate([rank[kind] for rank in found])
+        np.testing.assert_allclose(ordered(rows), ordered(reference[kind]), atol=1e-6)
+    for totals in zip(*(rank["totals"] for rank in found), strict=True):
+        assert {total[0] for total in totals} == {totals[0][0]}
+        assert {total[2] for total in totals} == {sum(total[1] for total in totals)}
+
+
+def ordered(rows: np.ndarray) -> np.ndarray:
+    """Sort rows by node and then values, so that equal sets of rows compare equal."""
+    return rows[np.lexsort(rows.round(4).T[::-1])]

@@ -1,0 +1,112 @@
+"""Nearest items: equal to a brute force, whatever the blocks, with zero rows and duplicates."""
+
+import numpy as np
+import pytest
+import torch
+
+from alignrec.errors import UserError
+from alignrec.graph.knn import FeatureRows, Neighbors, nearest_items, similarity_graph
+
+
+def search(
+    features: np.ndarray, *, k: int, rows: int = 64, columns: int = 64, include_self: bool = False
+) -> Neighbors:
+    reader = FeatureRows(features, torch.device("cpu"))
+    parts = [
+        nearest_items(
+            reader,
+            start=start,
+            stop=min(start + rows, len(features)),
+            k=k,
+            block_columns=columns,
+            include_self=include_self,
+        )
+        for start in range(0, len(features), rows)
+    ]
+    return Neighbors(torch.cat([p.index for p in parts]), torch.cat([p.cosine for p in parts]))
+
+
+def brute_force(features: np.ndarray, k: int) -> np.ndarray:
+    unit = features.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, -np.inf)
+    return np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 7), (13, 50), (50, 13), (64, 64)])
+def test_equals_brute_force_for_any_blocks(rows: int, columns: int) -> None:
+    features = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    found = search(features, k=6, rows=rows, columns=columns)
+    np.testing.assert_array_equal(found.index.numpy(), brute_force(features, 6))
+
+
+def test_equal_similarities_go_by_index() -> None:
+    features = np.ones((9, 3), dtype=np.float32)
+    found = search(features, k=3, rows=2, columns=4)
+    for item in range(9):
+        assert found.index[item].tolist() == [i for i in range(9) if i != item][:3]
+    torch.testing.assert_close(found.cosine, torch.ones(9, 3))
+
+
+def test_zero_rows_have_no_neighbours_and_are_nobodys() -> None:
+    features = np.random.default_rng(1).normal(size=(12, 4)).astype(np.float16)
+    features[[2, 5]] = 0
+    found = search(features, k=20)
+    assert (found.index[[2, 5]] == -1).all()
+    assert (found.cosine[[2, 5]] == 0).all()
+    others = [i for i in range(12) if i not in (2, 5)]
+    for item in others:
+        listed = [i for i in found.index[item].tolist() if i >= 0]
+        assert sorted(listed) == [i for i in others if i != item]
+
+
+def test_huge_features_do_not_overflow() -> None:
+    features = np.array([[3e38, 3e38], [1.0, 1.0], [1.0, -1.0]], dtype=np.float32)
+    found = search(features, k=1)
+    assert found.index[:, 0].tolist()[:2] == [1, 0]
+
+
+def test_a_feature_that_is_not_finite_is_named() -> None:
+    features = np.ones((5, 2), dtype=np.float32)
+    features[3, 1] = np.nan
+    with pytest.raises(UserError, match="row 3"):
+        search(features, k=1)
+
+
+def test_graph_is_symmetric_and_normalised() -> None:
+    features = np.random.default_rng(2).normal(size=(40, 5)).astype(np.float32)
+    neighbors = search(features, k=4)
+    matrix = similarity_graph(neighbors, weight="cosine", symmetric=True).toarray()
+    np.testing.assert_array_equal(matrix, matrix.T)
+    assert not matrix.diagonal().any()
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    joined = np.zeros((40, 40), dtype=bool)
+    np.put_along_axis(joined, neighbors.index.numpy(), values=True, axis=1)
+    weight = np.where(joined | joined.T, (unit @ unit.T).clip(min=0), 0)
+    degree = weight.sum(1)
+    np.testing.assert_allclose(matrix, weight / np.sqrt(np.outer(degree, degree)), atol=2e-6)
+
+
+def test_largest_eigenvalue_of_the_graph_is_one() -> None:
+    features = np.random.default_rng(3).normal(size=(30, 5)).astype(np.float32)
+    for weight in ("cosine", "binary"):
+        matrix = similarity_graph(search(features, k=3), weight=weight, symmetric=True)  # type: ignore[arg-type]
+        assert np.linalg.eigvalsh(matrix.toarray().astype(np.float64))[-1] == pytest.approx(
+            1, abs=1e-5
+        )
+
+
+def test_paper_compatible_graph_is_the_released_formula() -> None:
+    """topk of the full similarity, self included; D^-1/2 A D^-1/2 with row sums, directed."""
+    features = np.random.default_rng(4).normal(size=(30, 5)).astype(np.float32) + 1
+    found = search(features, k=5, include_self=True)
+    assert (found.index[:, 0] == torch.arange(30)).all()
+    matrix = similarity_graph(found, weight="cosine", symmetric=False).toarray()
+    unit = torch.nn.functional.normalize(torch.tensor(features))
+    values, columns = (unit @ unit.T).topk(5)
+    adjacency = torch.zeros(30, 30).scatter_(1, columns, values)
+    scale = adjacency.sum(1).pow(-0.5)
+    expected = scale[:, None] * adjacency * scale
+    np.testing.assert_allclose(matrix, expected, atol=1e-5)
+    assert (matrix != matrix.T).any()
