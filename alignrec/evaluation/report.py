@@ -10,12 +10,12 @@ from typing import Any
 import jinja2
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
 
 from alignrec import artifacts
 from alignrec.evaluation import charts, lineage, showcase
 from alignrec.evaluation.charts import Chart
 from alignrec.evaluation.comparison import Margin
+from alignrec.evaluation.reconstructions import read_reconstructions
 from alignrec.evaluation.statistics import read_statistics
 from alignrec.telemetry import read_history
 
@@ -35,8 +35,6 @@ SPLIT_WORDS = {
     "test_cold": "Test, cold items only",
 }
 _ABBREVIATIONS = ("bpr", "cca", "uia", "reg", "l2")
-_RECONSTRUCTIONS = ("original", "masked", "predicted")
-_MAX_RECONSTRUCTIONS = 6
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
@@ -156,7 +154,7 @@ def page_values(page: Page) -> dict[str, Any]:
         "quarantine": quarantine_reasons(inputs["dataset"]),
         "statistics": read_statistics(_without(dataset.facts, "quarantine")),
         "pretrain": curves(inputs, {"encoder": "encoder"}, first="loss"),
-        "reconstructions": reconstructions(inputs),
+        "reconstructions": (read_reconstructions(inputs["encoder"]) if "encoder" in inputs else []),
         "align": curves(inputs, curve_names, first=f"valid/{headline}"),
         "align_facts": artifacts.read(inputs["embeddings"]).facts,
     }
@@ -217,7 +215,7 @@ def curves(inputs: Mapping[str, Path], kinds: Mapping[str, str], first: str) -> 
     """
     histories = {name: read_history(inputs[k]) for k, name in kinds.items() if k in inputs}
     names = charts.measurement_names(histories)
-    main = [n for n in names if n == first or n.startswith(("loss", "accuracy", "error"))]
+    main = [n for n in names if n == first or any(w in n for w in ("loss", "accuracy", "error"))]
     main.sort(key=lambda name: name != first)
     more = [name for name in names if name not in main and name != "epoch"]
     return Curves(
@@ -235,24 +233,6 @@ def curve_words(name: str) -> str:
     return f"{group.replace('_', ' ').capitalize()}{': ' if slash else ''}{words}"
 
 
-def reconstructions(inputs: Mapping[str, Path]) -> list[dict[str, showcase.Thumbnail]]:
-    """Return what the encoder saw and predicted of a few masked pictures."""
-    path = inputs["encoder"] / "reconstructions.npz" if "encoder" in inputs else None
-    if path is None or not path.exists():
-        return []
-    with np.load(path, allow_pickle=False) as arrays:
-        if not all(name in arrays for name in _RECONSTRUCTIONS):
-            return []
-        pictures = {name: arrays[name][:_MAX_RECONSTRUCTIONS] for name in _RECONSTRUCTIONS}
-    return [
-        {
-            name: showcase.encode_picture(Image.fromarray(_bytes(pictures[name][i])))
-            for name in _RECONSTRUCTIONS
-        }
-        for i in range(min(len(stack) for stack in pictures.values()))
-    ]
-
-
 def aspect_ratio(shown: list[showcase.ShownUser]) -> float:
     """Return the usual width / height of the pictures shown, so that tiles fit them."""
     tiles = [tile for user in shown for tile in (*user.history, *user.recommended)]
@@ -262,9 +242,3 @@ def aspect_ratio(shown: list[showcase.ShownUser]) -> float:
 
 def _without(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if key != name}
-
-
-def _bytes(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    if picture.dtype == np.uint8:
-        return picture
-    return np.asarray(picture * 255).clip(0, 255).round().astype(np.uint8)

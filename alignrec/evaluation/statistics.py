@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 _QUANTILE_WORDS = {
-    "0": "min",
+    "0.0": "min",
     "0.25": "25 %",
     "0.5": "median",
     "0.75": "75 %",
     "0.95": "95 %",
-    "1": "max",
+    "1.0": "max",
 }
 
 

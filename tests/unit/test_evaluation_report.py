@@ -19,6 +19,7 @@ from alignrec.data.csr import CSR
 from alignrec.evaluation import charts, comparison, report, showcase
 from alignrec.evaluation.config import EvaluationConfig, ReportConfig
 from alignrec.evaluation.ranking import inner_product
+from alignrec.evaluation.reconstructions import read_reconstructions
 from alignrec.evaluation.statistics import read_statistics
 from alignrec.export.config import ExportConfig
 from alignrec.testing.datasets import write_dataset
@@ -186,7 +187,7 @@ def test_curves_are_named_in_words(name: str, words: str) -> None:
 def test_facts_are_sorted_by_shape() -> None:
     facts = {
         "images": {"good": 7, "side": {"edges": [0, 1, 4, 8], "counts": [0, 2, 5, 0]}},
-        "per_user": {"mean": 2.5, "quantiles": {"0": 1.0, "0.5": 2.0, "1": 9.0}},
+        "per_user": {"mean": 2.5, "quantiles": {"0.0": 1.0, "0.5": 2.0, "1.0": 9.0}},
         "strange": [1, {"a": None}],
         "nothing": None,
     }
@@ -246,9 +247,24 @@ def test_reconstructions_of_bytes_and_of_fractions_are_shown(tmp_path: Path) -> 
     stack = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
     as_bytes = (stack * 255).round().astype(np.uint8)
     np.savez(tmp_path / "reconstructions.npz", original=as_bytes, masked=stack, predicted=stack)
-    rows = report.reconstructions({"encoder": tmp_path})
+    rows = read_reconstructions(tmp_path)
     assert len(rows) == 2
-    assert rows[0]["original"] == rows[0]["masked"]
+    assert rows[0].pictures["original"] == rows[0].pictures["masked"]
+
+
+def test_reconstructed_texts_are_text_and_samples_may_lack_a_picture(tmp_path: Path) -> None:
+    stack = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    pictures = {"original": stack, "masked": stack, "predicted": stack}
+    words = np.array([HOSTILE, "red<mask>shoe<mask>"])
+    texts = {f"text_{state}": words for state in ("original", "masked", "predicted")}
+    has_image = np.array([True, False])
+    np.savez(tmp_path / "reconstructions.npz", **pictures, **texts, has_image=has_image)
+    rows = read_reconstructions(tmp_path)
+    assert [bool(row.pictures) for row in rows] == [True, False]
+    assert rows[1].masked_text == ("red", "shoe", "")
+    page = ParsedPage(make_page(tmp_path, reconstructions=rows))
+    assert page.attributes("script") == []
+    assert len([a for a in page.attributes("span") if a.get("class") == "mask"]) == 2
 
 
 def test_a_dataset_without_samples_table_shows_titles(tmp_path: Path) -> None:
