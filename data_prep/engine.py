@@ -14,11 +14,12 @@ from alignrec.errors import StageFailure, UserError
 from data_prep.config import DataPrepConfig
 from data_prep.shards import ShardPlan, write_shard
 
-# They warn of what is meant: token authentication is on, Ray Data draws no progress bars.
-_CHATTY_LOGGERS = (
-    "ray._private.authentication.authentication_token_setup",
-    "ray.data._internal.progress",
-)
+# Ray Data tells of every plan, and warns of what is meant: token authentication is on, no bars.
+_LOG_LEVELS = {
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
+}
 
 
 @contextlib.contextmanager
@@ -28,6 +29,8 @@ def session(config: DataPrepConfig) -> Iterator[None]:
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer.
     """
+    for name, level in _LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     if ray.is_initialized():
         yield
         return
@@ -76,8 +79,6 @@ def run_shards(
 def _connect(config: DataPrepConfig) -> None:
     # Ray warns about its future treatment of machines without accelerators.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    for chatty in _CHATTY_LOGGERS:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:

@@ -3,6 +3,7 @@
 The order is chosen so that mistakes show early: the log is read before any picture is.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -216,7 +217,8 @@ class _Preparation:
         summaries = [plan.read_done(chunk)["summary"] for chunk in done]
         num_done = sum(summary["num_items"] for summary in summaries)
         num_bad = sum(summary["num_bad_images"] for summary in summaries)
-        with self.telemetry.progress(num_items, "items", done=num_done) as bar:
+        session = engine.session(self.config) if left else contextlib.nullcontext()
+        with session, self.telemetry.progress(num_items, "items", done=num_done) as bar:
 
             def finished(summary: dict[str, Any]) -> None:
                 nonlocal num_bad
@@ -228,8 +230,7 @@ class _Preparation:
                     self._check("images", bar.done, plan.images.root)
 
             if left:
-                with engine.session(self.config):
-                    engine.run_shards(plan, left, num_cpus=self.config.num_cpus, finished=finished)
+                engine.run_shards(plan, left, num_cpus=self.config.num_cpus, finished=finished)
         tally = Tally()
         for chunk in range(num_chunks):
             tally.merge(plan.read_done(chunk)["tally"])
