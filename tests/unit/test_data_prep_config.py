@@ -1,16 +1,19 @@
 """Settings of data preparation: mistakes are named, results and speed are told apart."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from alignrec import configuration
 from alignrec.errors import UserError
 from alignrec.stage import ReadsSources
 from data_prep import STAGE
 from data_prep.config import DataPrepConfig
+from data_prep.quarantine import Reason
 
 TABLES = {"items": {"path": "i.parquet"}, "interactions": {"path": "l.parquet"}}
 
@@ -68,3 +71,16 @@ def test_changed_raw_files_change_the_identity(tmp_path: Path) -> None:
     Path(tmp_path / "items.csv").unlink()
     with pytest.raises(UserError, match="no such file"):
         config.source_identity()
+
+
+def test_the_recipes_of_the_documentation_are_valid() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data_preparation.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    sources = [load(**yaml.safe_load(block)["data_prep"]).source for block in blocks]
+    assert sources == ["table", "synthetic", "table", "mmrec"]
+
+
+def test_the_documentation_lists_every_reason() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data_preparation.md").read_text()
+    missing = [reason for reason in Reason if f"`{reason}`" not in text]
+    assert missing == []
