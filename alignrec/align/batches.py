@@ -6,6 +6,8 @@ train on the same triples, and a resume needs no state but (epoch, step).
 """
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -13,6 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from alignrec.data.csr import CSR
+from alignrec.graph.loader import TripleOrder
+from alignrec.graph.negatives import Positives, draw_negatives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,34 +54,29 @@ class Triples:
 
 
 class TripleSchedule:
-    """All steps of any epoch over interactions that fit in this process."""
+    """The steps of any epoch over interactions that are all in this process."""
 
     def __init__(self, train: CSR, *, batch_size: int, seed: int) -> None:
-        self._train = train
+        self._user, self._item = train.rows, train.columns
+        self._positives = Positives(train.row_offsets, train.columns)
+        self._candidates = torch.unique(train.columns)
         self._seed = seed
-        self.num_steps = -(-len(train.columns) // batch_size)
-        self._epoch = -1
+        self.num_steps = math.ceil(len(train.columns) / batch_size)
+        self._order = TripleOrder(self._user, self._item, seed=seed, num_steps=self.num_steps)
 
-    def step(self, epoch: int, step: int) -> Triples:
-        """Return the triples of one step; a step may be empty."""
-        if epoch != self._epoch:
-            self._draw(epoch)
-        chosen = slice(int(self._bounds[step]), int(self._bounds[step + 1]))
-        return Triples(self._user[chosen], self._positive[chosen], self._negative[chosen])
-
-    def _draw(self, epoch: int) -> None:
-        g = torch.Generator().manual_seed(self._seed * 100003 + epoch)
-        user, item = self._train.rows, self._train.columns
-        order = torch.randperm(len(item), generator=g)
-        n = len(item)
-        self._bounds = (torch.arange(self.num_steps + 1) * n) // self.num_steps
-        self._user, self._positive = user[order], item[order]
-        cand = torch.unique(item)
-        neg = cand[torch.randint(len(cand), (n,), generator=g)]
-        for _ in range(50):
-            bad = self._train.contains_pairs(self._user, neg).nonzero().squeeze(1)
-            if not len(bad):
-                break
-            neg[bad] = cand[torch.randint(len(cand), (len(bad),), generator=g)]
-        self._negative = neg
-        self._epoch = epoch
+    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Triples]:
+        """Yield the triples of each step from ``first_step`` on; a step may be empty."""
+        self._order.start(epoch, first_step)
+        for positions in self._order:
+            chosen = torch.tensor(positions, dtype=torch.int64)
+            user, item = self._user[chosen], self._item[chosen]
+            negative = draw_negatives(
+                user,
+                item,
+                rows=user,
+                positives=self._positives,
+                candidates=self._candidates,
+                seed=self._seed,
+                epoch=epoch,
+            )
+            yield Triples(user, item, negative.squeeze(1))

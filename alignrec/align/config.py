@@ -7,7 +7,9 @@ from typing import Literal
 from alignrec.configuration import option
 from alignrec.errors import UserError
 
-DEFAULT_NUM_NEIGHBORS = 10
+_NUM_NEIGHBORS = 10
+# Smallest temperature whose exponentials stay above float32's smallest number: exp(-2 / 0.03).
+MIN_TEMPERATURE = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,11 @@ class AlignConfig:
     )
     num_neighbors: tuple[int, ...] | None = option(
         None,
-        "neighbours sampled per node and edge type, one number a hop, -1 for all (mode sampled; "
-        "default 10 in each hop)",
+        "users or items sampled per node, one number a layer, -1 for all (mode sampled; default "
+        "10 in each layer)",
+    )
+    num_similar: int | None = option(
+        None, "similar items sampled per item, -1 for all (mode sampled; default 10)"
     )
     seed: int = option(0, "seed of initial values, order, negatives and sampling", minimum=0)
 
@@ -39,7 +44,9 @@ class AlignConfig:
         False, "train the feature table and let REG's target drift with it, as the released code"
     )
 
-    temperature: float = option(0.2, "temperature of CCA's contrastive loss", minimum=1e-3)
+    temperature: float = option(
+        0.2, "temperature of CCA's contrastive loss", minimum=MIN_TEMPERATURE
+    )
     cca_weight: float = option(0.01, "weight of content-category alignment", minimum=0)
     uia_weight: float = option(0.1, "weight of user-item alignment", minimum=0)
     reg_weight: float = option(0.1, "weight of REG, similarity to the content encoder", minimum=0)
@@ -65,8 +72,8 @@ class AlignConfig:
     def __post_init__(self) -> None:
         if self.mode == "full":
             self._check_full()
-        elif self.num_neighbors is not None:
-            self._check_neighbors(self.num_neighbors)
+        else:
+            self._check_neighbors()
         if self.mode == "sampled" and self.paper_compatible:
             raise UserError(
                 "paper_compatible=true trains the whole feature table, which mode sampled keeps "
@@ -74,40 +81,48 @@ class AlignConfig:
             )
 
     @property
-    def num_hops(self) -> int:
-        """Hops that a node's representation reads: h_mm of a user reads its items' neighbours."""
-        return max(self.layers, 2) if self.content else self.layers
-
-    @property
     def neighbors(self) -> tuple[int, ...]:
         """Neighbours sampled per hop in mode sampled."""
         if self.num_neighbors is not None:
             return self.num_neighbors
-        return (DEFAULT_NUM_NEIGHBORS,) * self.num_hops
+        return (_NUM_NEIGHBORS,) * self.layers
+
+    @property
+    def similar_neighbors(self) -> tuple[int, ...]:
+        """Similar items sampled per hop of the item-item graph; empty without content."""
+        if not self.content:
+            return ()
+        return (self.num_similar if self.num_similar is not None else _NUM_NEIGHBORS,)
 
     def _check_full(self) -> None:
-        if self.num_neighbors is not None:
-            raise UserError(
-                f"num_neighbors={list(self.num_neighbors)} has no effect in mode full, which "
-                f"reads every neighbour. Remove it, or set mode: sampled."
-            )
+        for name in ("num_neighbors", "num_similar"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"{name}={getattr(self, name)} has no effect in mode full, which reads every "
+                    f"neighbour. Remove it, or set mode: sampled."
+                )
         if self.num_ranks > 1:
             raise UserError(
                 f"num_ranks={self.num_ranks} has no effect in mode full, which is one process. Set "
                 f"num_ranks: 1, or mode: sampled."
             )
 
-    def _check_neighbors(self, numbers: tuple[int, ...]) -> None:
-        if len(numbers) != self.num_hops:
+    def _check_neighbors(self) -> None:
+        numbers = self.neighbors
+        if len(numbers) != self.layers:
             raise UserError(
                 f"num_neighbors={list(numbers)} has {len(numbers)} hops, but layers={self.layers} "
-                f"reads {self.num_hops}. Give one number a hop."
+                f"reads as many. Give one number a layer."
             )
-        if any(number < 1 and number != -1 for number in numbers):
-            raise UserError(
-                f"num_neighbors={list(numbers)}: a hop reads at least one neighbour, or -1 for "
-                f"all of them. Correct the list."
-            )
+        for name, number in [
+            *(("num_neighbors", number) for number in numbers),
+            *(("num_similar", number) for number in self.similar_neighbors),
+        ]:
+            if number < 1 and number != -1:
+                raise UserError(
+                    f"{name}: {number} neighbours cannot be sampled. Give at least 1, or -1 for "
+                    f"all of them."
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from alignrec.align.losses import gram_square, unit_rows
+from alignrec.align.objective import Target
 
 # Up to this many items the squared similarities of all pairs are kept (256 MiB at 8,192 items), so
 # that ||X X^T|| of a batch is a small product; above it they are computed for each batch.
@@ -14,21 +15,11 @@ _MAX_TABLE_ITEMS = 8192
 _BLOCK_ROWS = 1024
 
 
-class Content(Protocol):
+class Content(Target, Protocol):
     """What the gate reads, and what REG compares with."""
 
     def table(self) -> Float[Tensor, "num_items f"]:
         """Return h_enc of every item, as the gate reads it."""
-        ...
-
-    def target(self, items: Int64[Tensor, " n"]) -> Float[Tensor, "n f"]:
-        """Return unit rows of distinct items, without gradient."""
-        ...
-
-    def target_square(
-        self, items: Int64[Tensor, " n"], target: Float[Tensor, "n f"], count: Float[Tensor, " n"]
-    ) -> Float[Tensor, ""]:
-        """Return ||X X^T||_F^2 of a batch in which the items occur ``count`` times."""
         ...
 
 
@@ -52,13 +43,13 @@ class FixedContent(nn.Module):
         return self.features
 
     def target(self, items: Int64[Tensor, " n"]) -> Float[Tensor, "n f"]:
-        """See ``Content``."""
+        """See ``Target``."""
         return self._unit[items]
 
     def target_square(
         self, items: Int64[Tensor, " n"], target: Float[Tensor, "n f"], count: Float[Tensor, " n"]
     ) -> Float[Tensor, ""]:
-        """See ``Content``."""
+        """See ``Target``."""
         if self._squares is None:
             return gram_square(target, count)
         weights = self._squares.new_zeros(self._squares.shape[0])
@@ -78,13 +69,13 @@ class DriftingContent(nn.Module):
         return self.features
 
     def target(self, items: Int64[Tensor, " n"]) -> Float[Tensor, "n f"]:
-        """See ``Content``."""
+        """See ``Target``."""
         return unit_rows(self.features.detach()[items])
 
     def target_square(
         self, items: Int64[Tensor, " n"], target: Float[Tensor, "n f"], count: Float[Tensor, " n"]
     ) -> Float[Tensor, ""]:
-        """See ``Content``."""
+        """See ``Target``."""
         del items  # the target moves, so nothing is known about it beforehand
         return gram_square(target, count)
 

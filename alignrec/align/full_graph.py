@@ -16,12 +16,14 @@ from alignrec import checkpoint
 from alignrec.align.batches import Triples, TripleSchedule
 from alignrec.align.config import AlignConfig
 from alignrec.align.content import Content, DriftingContent, FixedContent
+from alignrec.align.dense_adam import DenseAdam, below
 from alignrec.align.inputs import Inputs
-from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_embedding
-from alignrec.align.objective import Representations, objective
+from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_rows
+from alignrec.align.objective import Representations, Terms, objective
+from alignrec.align.peers import Alone
 from alignrec.align.propagation import SparseMatrix, normalized_rates, propagate
 from alignrec.align.schedule import learning_rate
-from alignrec.align.validation import Validation
+from alignrec.align.validation import Validation, metrics_from
 from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
 from alignrec.data.csr import CSR
@@ -45,7 +47,7 @@ class FullGraphModel(nn.Module):
         self._similar = similar
         dim, seed = config.embedding_dim, config.seed
         self.user, self.item = (
-            nn.Parameter(initial_embedding(0, n, dim, num_rows=n, table=table, seed=seed))
+            nn.Parameter(initial_rows(torch.arange(n), dim, num_rows=n, table=table, seed=seed))
             for n, table in zip(num_nodes, (USER_TABLE, ITEM_TABLE), strict=True)
         )
         self.content: Content | None = None
@@ -75,34 +77,38 @@ class FullGraphTrainer:
         self.num_steps = self._schedule.num_steps
         self.num_triples = len(train.columns)
         self.model = _build_model(config, inputs, train, rank.device)
-        self._optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.learning_rate, fused=True
-        )
+        self._adam = DenseAdam(self.model)
         self._validation = Validation(
             train, inputs.interactions("valid"), block_users=config.evaluation_block
         )
         self._best: dict[str, Tensor] = {}
 
-    def steps(self, epoch: int, first_step: int) -> Iterator[dict[str, Float[Tensor, ""]]]:
+    def steps(self, epoch: int, first_step: int) -> Iterator[Terms]:
         """See ``Trainer``."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._config, epoch)
-        for step in range(first_step, self.num_steps):
-            yield self._step(self._schedule.step(epoch, step).to(self._rank.device))
+        rate = learning_rate(self._config, epoch)
+        for triples in self._schedule.epoch(epoch, first_step=first_step):
+            yield self._step(triples.to(self._rank.device), rate)
 
-    def _step(self, triples: Triples) -> dict[str, Float[Tensor, ""]]:
-        self._optimizer.zero_grad(set_to_none=True)
-        loss, terms = objective(self._config, self.model.represent(), triples, self.model.content)
-        if len(triples.user):
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._optimizer.step()
+    def _step(self, triples: Triples, rate: float) -> Terms:
+        if not len(triples.user):
+            return {}
+        loss, terms = objective(
+            self._config,
+            self.model.represent(),
+            triples,
+            self.model.content,
+            peers=Alone(),
+            num_triples=len(triples.user),
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._adam.step(rate)
         return {name: term.detach() for name, term in terms.items()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """See ``Trainer``."""
         user, item = self.model.represent().fused()
-        return self._validation.metrics(user, item)
+        return metrics_from(self._validation.totals(user, item))
 
     @torch.no_grad()
     def keep_best(self) -> None:
@@ -113,19 +119,16 @@ class FullGraphTrainer:
         """See ``Trainer``."""
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"best/{name}": value for name, value in self._best.items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"adam/{name}/{key}"] = value
+        tensors |= self._adam.tensors()
         checkpoint.save(folder, step, tensors=tensors, state=state, rank=self._rank)
 
     def restore(self, saved: Checkpoint) -> dict[str, Any]:
         """See ``Trainer``."""
         tensors, state = saved.load(0)
         tensors = {name: value.to(self._rank.device) for name, value in tensors.items()}
-        self.model.load_state_dict(_below("model/", tensors))
-        self._best = _below("best/", tensors)
-        for name, parameter in self.model.named_parameters():
-            self._optimizer.state[parameter] = _below(f"adam/{name}/", tensors)
+        self.model.load_state_dict(below("model/", tensors))
+        self._best = below("best/", tensors)
+        self._adam.load(tensors)
         return state
 
     @torch.no_grad()
@@ -147,7 +150,3 @@ def _build_model(
     rates = normalized_rates(train).to(device)
     nodes = (inputs.num_users, inputs.num_items)
     return FullGraphModel(config, rates, nodes, similar, features).to(device)
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}

@@ -11,9 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-# Smallest temperature whose exponentials stay above float32's smallest number: exp(-2 / 0.03).
-MIN_TEMPERATURE = 0.03
-
 
 def bpr_loss(
     positive_score: Float[Tensor, " b"], negative_score: Float[Tensor, " b"], *, num_triples: int
@@ -41,7 +38,7 @@ def info_nce_loss(
         positive: row of ``candidate`` that belongs to each anchor.
         anchor_count: times that each anchor occurs in the batch.
         candidate_count: times that each candidate occurs in the batch.
-        temperature: at least ``MIN_TEMPERATURE``.
+        temperature: at least ``config.MIN_TEMPERATURE``.
         num_triples: divisor.
     """
     terms: Tensor = _InfoNCETerms.apply(  # type: ignore[no-untyped-call]

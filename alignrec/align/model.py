@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 USER_TABLE = 0
@@ -10,31 +10,30 @@ ITEM_TABLE = 1
 _BLOCK_ROWS = 4096
 
 
-def initial_embedding(
-    first: int, stop: int, dim: int, *, num_rows: int, table: int, seed: int
-) -> Float[Tensor, "rows d"]:
-    """Return rows ``first`` .. ``stop - 1`` of a Xavier-uniform table (Glorot & Bengio 2010).
+def initial_rows(
+    ids: Int64[Tensor, " n"], dim: int, *, num_rows: int, table: int, seed: int
+) -> Float[Tensor, "n d"]:
+    """Return rows of a Xavier-uniform table (Glorot & Bengio 2010).
 
     A row depends on the seed and its number only, so a table that is spread over ranks starts like
     one that is whole.
 
     Args:
-        first: first row.
-        stop: one behind the last row.
+        ids: numbers of the rows.
         dim: row length.
         num_rows: rows of the whole table, which sets the range.
         table: ``USER_TABLE`` or ``ITEM_TABLE``.
         seed: of the run.
     """
     bound = (6.0 / (num_rows + dim)) ** 0.5
-    blocks = []
-    for block in range(first // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+    result = torch.empty(len(ids), dim)
+    block_of = ids // _BLOCK_ROWS
+    for block in torch.unique(block_of).tolist():
         rng = np.random.default_rng((seed, table, block))
         rows = rng.uniform(-bound, bound, size=(_BLOCK_ROWS, dim)).astype(np.float32)
-        start = block * _BLOCK_ROWS
-        blocks.append(rows[max(first - start, 0) : min(stop - start, _BLOCK_ROWS)])
-    whole = np.concatenate(blocks) if blocks else np.empty((0, dim), dtype=np.float32)
-    return torch.from_numpy(whole)
+        inside = block_of == block
+        result[inside] = torch.from_numpy(rows)[ids[inside] % _BLOCK_ROWS]
+    return result
 
 
 class ContentGate(nn.Module):

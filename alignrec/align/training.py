@@ -14,12 +14,13 @@ from alignrec import artifacts, checkpoint
 from alignrec.align.config import AlignConfig
 from alignrec.align.full_graph import FullGraphTrainer
 from alignrec.align.inputs import Inputs
+from alignrec.align.sampled import SampledTrainer
 from alignrec.align.schedule import Selection, learning_rate
 from alignrec.align.validation import SELECTION_METRIC
 from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
 from alignrec.configuration import to_mapping
-from alignrec.distributed.process_group import barrier, process_group
+from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.errors import UserError
 from alignrec.stage import Context
 from alignrec.telemetry import HISTORY, Telemetry
@@ -38,8 +39,8 @@ class Trainer(Protocol):
     num_steps: int
     num_triples: int
 
-    def steps(self, epoch: int, first_step: int) -> Iterator[dict[str, Tensor]]:
-        """Take the steps of an epoch; yield the loss terms of each, over the whole batch."""
+    def steps(self, epoch: int, first_step: int) -> Iterator[Mapping[str, Tensor]]:
+        """Take the steps of an epoch; yield the loss terms of each, none for an empty batch."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -107,7 +108,7 @@ def run(config: AlignConfig, context: Context) -> None:
         barrier(rank)
         draft = Draft(artifacts.partial_path(context.output))
         with Telemetry(context.log_dir, context.log_dir.stem, enabled=rank.is_first) as telemetry:
-            trainer: Trainer = FullGraphTrainer(config, inputs, rank)
+            trainer = _make_trainer(config, inputs, rank, draft.work)
             position = _fit(config, trainer, draft.work / _CHECKPOINTS, telemetry)
             trainer.write_best(draft)
         if rank.is_first:
@@ -122,6 +123,12 @@ def run(config: AlignConfig, context: Context) -> None:
                 inputs=context.inputs,
             )
         barrier(rank)
+
+
+def _make_trainer(config: AlignConfig, inputs: Inputs, rank: Rank, work: Path) -> Trainer:
+    if config.mode == "full":
+        return FullGraphTrainer(config, inputs, rank)
+    return SampledTrainer(config, inputs, rank, work=work)
 
 
 def _fit(

@@ -1,6 +1,9 @@
 """Validation of embeddings while they are trained (embeddings -> early stop, model selection)."""
 
-from jaxtyping import Float
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from alignrec.data.csr import CSR
@@ -10,34 +13,38 @@ from alignrec.evaluation.ranking import rank_all
 
 SELECTION_K = 20
 SELECTION_METRIC = f"recall@{SELECTION_K}"
+_METRICS: dict[str, Callable[..., Tensor]] = {
+    SELECTION_METRIC: metrics.recall_at_k,
+    f"ndcg@{SELECTION_K}": metrics.ndcg_at_k,
+}
 
 
 class Validation:
     """Full ranking of every item for the users of the validation split.
 
-    Raises:
-        UserError: no user has interactions in both splits, so nothing could be selected.
+    Args:
+        train: training items of the users whose rows are ranked here; no candidates.
+        valid: their validation items.
+        block_users: users ranked at once.
     """
 
     def __init__(self, train: CSR, valid: CSR, *, block_users: int) -> None:
         self._users = metrics.evaluation_users(train, valid)
-        if not len(self._users):
-            raise UserError(
-                "no user has interactions in both train and valid: without validation there is no "
-                "best epoch. Prepare the dataset with a validation split."
-            )
         self._seen = train
         self._held_out = valid.select(self._users)
         self._block_users = block_users
 
-    def metrics(
-        self, user: Float[Tensor, "num_users d"], item: Float[Tensor, "num_items d"]
-    ) -> dict[str, float]:
-        """Return recall@20 and ndcg@20; positives of training are no candidates.
+    def totals(
+        self, user: Float[Tensor, "num_rows d"], item: Float[Tensor, "num_items d"]
+    ) -> Float64[Tensor, " metrics"]:
+        """Return the number of users and the sums of their metrics; ranks' totals add up.
 
         Raises:
             UserError: an embedding is not finite.
         """
+        count = len(self._users)
+        if count == 0:
+            return torch.zeros(1 + len(_METRICS), dtype=torch.float64)
         topk = rank_all(
             user,
             item,
@@ -46,7 +53,19 @@ class Validation:
             k=SELECTION_K,
             block_users=self._block_users,
         )
-        return {
-            SELECTION_METRIC: metrics.recall_at_k(topk, self._held_out, k=SELECTION_K).item(),
-            f"ndcg@{SELECTION_K}": metrics.ndcg_at_k(topk, self._held_out, k=SELECTION_K).item(),
-        }
+        means = [metric(topk, self._held_out, k=SELECTION_K) for metric in _METRICS.values()]
+        return torch.stack([torch.ones((), dtype=torch.float64), *means]) * count
+
+
+def metrics_from(totals: Float64[Tensor, " metrics"]) -> dict[str, float]:
+    """Return the mean metrics by name.
+
+    Raises:
+        UserError: no user has interactions in both splits, so nothing could be selected.
+    """
+    if totals[0] == 0:
+        raise UserError(
+            "no user has interactions in both train and valid: without validation there is no best "
+            "epoch. Prepare the dataset with a validation split."
+        )
+    return dict(zip(_METRICS, (totals[1:] / totals[0]).tolist(), strict=True))

@@ -11,6 +11,7 @@ from alignrec.align.batches import Triples
 from alignrec.align.config import AlignConfig
 from alignrec.align.full_graph import FullGraphModel
 from alignrec.align.objective import objective, weigh
+from alignrec.align.peers import Alone
 from alignrec.align.propagation import SparseMatrix, normalized_rates
 from alignrec.data.csr import CSR
 
@@ -45,6 +46,13 @@ def make_model(config: AlignConfig) -> tuple[FullGraphModel, Tensor, Tensor]:
         features if config.content else None,
     )
     return model.double(), similar, features
+
+
+def evaluate(config: AlignConfig, model: FullGraphModel) -> tuple[Tensor, dict[str, Tensor]]:
+    nodes = model.represent()
+    return objective(
+        config, nodes, TRIPLES, model.content, peers=Alone(), num_triples=len(TRIPLES.user)
+    )
 
 
 def literal_objective(
@@ -92,7 +100,7 @@ def literal_objective(
 )
 def test_the_objective_and_its_gradients_equal_the_literal_formulas(config: AlignConfig) -> None:
     model, similar, features = make_model(config)
-    loss, terms = objective(config, model.represent(), TRIPLES, model.content)
+    loss, terms = evaluate(config, model)
     assert set(terms) == {"bpr", "uia", "l2"} | ({"cca", "reg"} if config.content else set())
     table = dict(model.named_parameters()).get("content.features", features)
     literal = literal_objective(config, model, similar, table)
@@ -123,7 +131,7 @@ def test_nodes_without_interactions_or_content_are_finite() -> None:
     assert item.isfinite().all()
     # The cold item 4 has content, so its similar items speak for it.
     assert not torch.allclose(item[4], model.item[4] / 3)
-    loss, _ = objective(CONFIG, model.represent(), TRIPLES, model.content)
+    loss, _ = evaluate(CONFIG, model)
     loss.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

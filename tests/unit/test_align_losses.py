@@ -6,6 +6,7 @@ from torch import Tensor
 
 from alignrec.align import losses
 from alignrec.align.batches import Distinct
+from alignrec.align.config import MIN_TEMPERATURE
 
 B, D, F, ITEMS, TAU = 13, 5, 7, 6, 0.2
 
@@ -84,11 +85,11 @@ def test_info_nce_is_finite_at_the_smallest_temperature() -> None:
         positive=torch.arange(2),
         anchor_count=torch.ones(2),
         candidate_count=torch.ones(2),
-        temperature=losses.MIN_TEMPERATURE,
+        temperature=MIN_TEMPERATURE,
         num_triples=2,
     )
     loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.item() == pytest.approx(1 / losses.MIN_TEMPERATURE, rel=1e-4)
+    assert loss.item() == pytest.approx(1 / MIN_TEMPERATURE, rel=1e-4)
     assert anchor.grad is not None
     assert anchor.grad.isfinite().all()
 

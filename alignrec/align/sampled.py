@@ -1,0 +1,350 @@
+"""Sampled mode: any number of ranks, each with its share of the graph and of the embeddings.
+
+A step reads sampled neighbourhoods of this rank's triples, asks the owners for the ID embeddings
+of the nodes in them, and sends the gradients back. The content gate is on every rank.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_geometric.data import HeteroData
+
+from alignrec import checkpoint
+from alignrec.align import row_file
+from alignrec.align.batches import Triples
+from alignrec.align.config import AlignConfig
+from alignrec.align.dense_adam import DenseAdam, below
+from alignrec.align.inference import Inference
+from alignrec.align.inputs import Inputs
+from alignrec.align.losses import gram_square, unit_rows
+from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_rows
+from alignrec.align.objective import Representations, Terms, objective, rows
+from alignrec.align.peers import Alone, Peers, Ranks
+from alignrec.align.schedule import learning_rate
+from alignrec.align.sharded_embedding import Lookup, ShardedEmbedding
+from alignrec.align.validation import Validation, metrics_from
+from alignrec.artifacts import Draft
+from alignrec.checkpoint import Checkpoint
+from alignrec.data.csr import CSR
+from alignrec.distributed.exchange import Exchange, gather_rows
+from alignrec.distributed.process_group import Rank, all_reduce_sum, barrier, new_group
+from alignrec.graph.loader import TripleLoader, TripleSettings, prefetch
+from alignrec.graph.schema import ITEM, RATES, REV_RATES, SIMILAR, USER, EdgeType, NodeType
+from alignrec.graph.stores import PartitionedGraph
+
+_PREFETCH_BATCHES = 2
+_TABLES = {USER: USER_TABLE, ITEM: ITEM_TABLE}
+
+
+class SampledTrainer:
+    """Sharded embeddings and a replicated gate (a ``Trainer`` of ``alignrec.align.training``)."""
+
+    def __init__(self, config: AlignConfig, inputs: Inputs, rank: Rank, *, work: Path) -> None:
+        self._config = config
+        self._rank = rank
+        self._graph = PartitionedGraph.open(inputs.graph, rank)
+        self._exchange = Exchange(rank)
+        self._peers: Peers = Ranks(rank, self._exchange) if rank.world_size > 1 else Alone()
+        self._loader = TripleLoader(
+            self._graph,
+            Exchange(rank, new_group()),
+            TripleSettings(
+                num_neighbors=config.neighbors,
+                similar_neighbors=config.similar_neighbors,
+                global_batch_size=config.batch_size,
+                seed=config.seed,
+            ),
+        )
+        self.num_steps = self._loader.num_steps
+        self.num_triples = self._graph.num_edges[RATES]
+        self.tables = {t: _make_table(t, config, self._graph, self._exchange) for t in _TABLES}
+        self.gate: nn.Module = nn.Identity()
+        if config.content:
+            self.gate = ContentGate(
+                self._graph.num_features, config.embedding_dim, seed=config.seed
+            )
+        self.gate.to(rank.device)
+        self._adam = DenseAdam(self.gate)
+        self._inference = Inference(self._graph, self._exchange, layers=config.layers)
+        self._validation = _owned_validation(self._graph, inputs, rank, config.evaluation_block)
+        self._item_rows = work / "items.safetensors"
+        self._best_gate: dict[str, Tensor] = {}
+        self._best_rows: dict[NodeType, Tensor] = {}
+
+    def steps(self, epoch: int, first_step: int) -> Iterator[Terms]:
+        """See ``Trainer``."""
+        rate = learning_rate(self._config, epoch)
+        batches = prefetch(
+            self._loader.epoch(epoch, first_step=first_step), depth=_PREFETCH_BATCHES
+        )
+        with contextlib.closing(batches):  # type: ignore[type-var]
+            for batch in batches:
+                yield self._step(batch, rate) if batch.num_triples else {}
+
+    def _step(self, batch: HeteroData, rate: float) -> Terms:
+        lookups = {t: self.tables[t].lookup(batch[t].n_id) for t in _TABLES}
+        nodes = represent(
+            batch, {t: lookup.rows for t, lookup in lookups.items()}, self._gates(batch)
+        )
+        triples = Triples(
+            batch[USER].src_index, batch[ITEM].dst_pos_index, batch[ITEM].dst_neg_index
+        )
+        loss, terms = objective(
+            self._config,
+            nodes,
+            triples,
+            self._target(batch),
+            peers=self._peers,
+            num_triples=batch.num_triples,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._update(lookups, rate)
+        return self._total(terms)
+
+    def evaluate(self) -> dict[str, float]:
+        """See ``Trainer``."""
+        user, item = self._represent()
+        shape = (self._graph.num_nodes[ITEM], self._config.embedding_dim)
+        self._create(self._item_rows, {ITEM: shape})
+        row_file.write_rows(self._item_rows, ITEM, self._graph.owned[ITEM], item)
+        barrier(self._rank)
+        totals = self._validation.totals(user, row_file.read(self._item_rows, ITEM))
+        return metrics_from(all_reduce_sum(totals, self._rank))
+
+    def keep_best(self) -> None:
+        """See ``Trainer``."""
+        self._best_gate = {n: v.detach().clone() for n, v in self.gate.state_dict().items()}
+        self._best_rows = {t: table.weight.clone() for t, table in self.tables.items()}
+
+    def save(self, folder: Path, step: int, state: Mapping[str, Any]) -> None:
+        """See ``Trainer``."""
+        tensors = {
+            f"{t}/{name}": value
+            for t, table in self.tables.items()
+            for name, value in table.state().items()
+        }
+        tensors |= {f"best/{t}": value for t, value in self._best_rows.items()}
+        if self._rank.is_first:
+            tensors |= {f"gate/{n}": v for n, v in self.gate.state_dict().items()}
+            tensors |= {f"best_gate/{n}": v for n, v in self._best_gate.items()}
+            tensors |= self._adam.tensors()
+        checkpoint.save(folder, step, tensors=tensors, state=state, rank=self._rank)
+
+    def restore(self, saved: Checkpoint) -> dict[str, Any]:
+        """See ``Trainer``; the number of ranks may be another than when it was saved."""
+        for index in range(saved.world_size):
+            tensors, _ = saved.load(index)
+            for t, table in self.tables.items():
+                self._load_table(t, table, tensors)
+            if index == 0:
+                self.gate.load_state_dict(below("gate/", tensors))
+                self._best_gate = below("best_gate/", tensors)
+                self._adam.load(tensors)
+        return saved.load(0)[1]
+
+    def _load_table(
+        self, node_type: NodeType, table: ShardedEmbedding, tensors: Mapping[str, Tensor]
+    ) -> None:
+        table.load(below(f"{node_type}/", tensors))
+        best = tensors.get(f"best/{node_type}")
+        if best is not None:
+            mine, rows = table.placed(tensors[f"{node_type}/ids"])
+            kept = self._best_rows.setdefault(node_type, torch.zeros_like(table.weight))
+            kept[rows] = best[mine]
+
+    def write_best(self, draft: Draft) -> None:
+        """See ``Trainer``."""
+        self.gate.load_state_dict(self._best_gate)
+        for t, table in self.tables.items():
+            table.weight.copy_(self._best_rows[t])
+        self._write(draft.path / "embeddings.safetensors", self._represent(), {})
+        weights = (self.tables[USER].weight, self.tables[ITEM].weight)
+        gate = {f"gate.{name}": value for name, value in self._best_gate.items()}
+        self._write(draft.path / "model.safetensors", weights, gate)
+
+    def _write(
+        self, path: Path, tables: tuple[Tensor, Tensor], replicated: Mapping[str, Tensor]
+    ) -> None:
+        """Write this rank's rows of both tables, and on rank 0 what all ranks have."""
+        shapes: dict[str, tuple[int, ...]] = {
+            t: (self._graph.num_nodes[t], self._config.embedding_dim) for t in _TABLES
+        }
+        shapes |= {name: tuple(value.shape) for name, value in replicated.items()}
+        self._create(path, shapes)
+        for node_type, table in zip(_TABLES, tables, strict=True):
+            row_file.write_rows(path, node_type, self._graph.owned[node_type], table)
+        if self._rank.is_first:
+            for name, value in replicated.items():
+                row_file.write_rows(path, name, torch.arange(len(value)), value)
+        barrier(self._rank)
+
+    def _create(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        barrier(self._rank)  # nobody reads the previous one any more
+        if self._rank.is_first:
+            row_file.create(path, shapes)
+        barrier(self._rank)
+
+    def _represent(self) -> tuple[Tensor, Tensor]:
+        gate = self.gate if self._config.content else None
+        return self._inference.represent(self.tables[USER].weight, self.tables[ITEM].weight, gate)
+
+    def _target(self, batch: HeteroData) -> "BatchTarget | None":
+        if not self._config.content:
+            return None
+        return BatchTarget(batch[ITEM].n_id, self._graph, self._exchange, self._peers)
+
+    def _update(self, lookups: Mapping[NodeType, Lookup], rate: float) -> None:
+        for node_type, lookup in lookups.items():
+            self.tables[node_type].update(lookup, learning_rate=rate)
+        self._sum_gate_gradients()
+        self._adam.step(rate)
+
+    def _sum_gate_gradients(self) -> None:
+        gradients = [p.grad for p in self.gate.parameters() if p.grad is not None]
+        if not gradients or self._rank.world_size == 1:
+            return
+        flat = all_reduce_sum(torch.cat([g.ravel() for g in gradients]), self._rank)
+        for gradient, summed in zip(
+            gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(summed.view_as(gradient))
+
+    def _gates(self, batch: HeteroData) -> Tensor | None:
+        return self.gate(batch[ITEM].content_x) if self._config.content else None
+
+    def _total(self, terms: Terms) -> Terms:
+        """Return the terms of the whole batch."""
+        shares = torch.stack([term.detach() for term in terms.values()])
+        if "reg" in terms:  # every rank has it in full
+            shares[list(terms).index("reg")] /= self._rank.world_size
+        return dict(zip(terms, all_reduce_sum(shares, self._rank), strict=True))
+
+
+def represent(
+    batch: HeteroData,
+    embedding: Mapping[NodeType, Float[Tensor, "nodes d"]],
+    gate: Float[Tensor, "content d"] | None,
+) -> Representations:
+    """Propagate over a batch's sampled edges (``docs/design/graph_sampling.md``).
+
+    Args:
+        batch: sampled nodes and edges.
+        embedding: ID embeddings of the batch's nodes.
+        gate: factor for each of the items whose content is needed; None without content.
+
+    Returns:
+        Rows of the batch's nodes; right at the seeds, partial sums elsewhere.
+    """
+    id_user, id_item = embedding[USER], embedding[ITEM]
+    user, item = id_user, id_item
+    layers = len(batch[RATES].num_sampled_edges)
+    for hop in reversed(range(layers)):
+        user, item = (
+            id_user + _pull(batch, REV_RATES, hop, item),
+            id_item + _pull(batch, RATES, hop, user),
+        )
+    user, item = user / (layers + 1), item / (layers + 1)
+    if gate is None:
+        return Representations(user, item)
+    index = batch[ITEM].content_index
+    content = torch.zeros_like(id_item).index_copy(0, index, rows(id_item, index) * gate)
+    for layer in reversed(range(len(batch[SIMILAR].num_sampled_edges))):
+        content = _pull(batch, SIMILAR, layer, content)
+    return Representations(user, item, _pull(batch, REV_RATES, 0, content), content)
+
+
+class BatchTarget:
+    """Content features of the batch's items as REG's target (a ``Target`` of ``objective``)."""
+
+    def __init__(
+        self,
+        n_id: Int64[Tensor, " nodes"],
+        graph: PartitionedGraph,
+        exchange: Exchange,
+        peers: Peers,
+    ) -> None:
+        self._n_id = n_id
+        self._graph = graph
+        self._exchange = exchange
+        self._peers = peers
+
+    def target(self, items: Int64[Tensor, " n"]) -> Float[Tensor, "n f"]:
+        """See ``Target``; collective."""
+        graph = self._graph
+        features = gather_rows(
+            self._exchange,
+            self._n_id[items],
+            lambda ids: graph.owner_of(ITEM, ids),
+            lambda ids: graph.features(graph.local_rows(ITEM, ids)),
+        )
+        return unit_rows(features.float())
+
+    def target_square(
+        self, items: Int64[Tensor, " n"], target: Float[Tensor, "n f"], count: Float[Tensor, " n"]
+    ) -> Float[Tensor, ""]:
+        """See ``Target``; collective."""
+        del items
+        if self._peers.world_size == 1:
+            return gram_square(target, count)
+        moment = (target * count.unsqueeze(1)).T @ target  # (f, f)
+        return self._peers.sum(moment).double().square().sum()
+
+
+def _pull(batch: HeteroData, edge_type: EdgeType, hop: int, source: Tensor) -> Tensor:
+    """Return the weighted sum over a hop's in-edges of each of the batch's destination nodes."""
+    edges = batch[edge_type]
+    first = sum(edges.num_sampled_edges[:hop])
+    chosen = slice(first, first + edges.num_sampled_edges[hop])
+    index = edges.edge_index[:, chosen]
+    num_targets = len(batch[edge_type[2]].n_id)
+    ends = torch.bincount(index[1], minlength=num_targets).cumsum(0)
+    # The edges of a hop are grouped by destination, in ascending order.
+    return functional.embedding_bag(
+        index[0],
+        source,
+        functional.pad(ends, (1, 0)),
+        mode="sum",
+        per_sample_weights=edges.weight[chosen],
+        include_last_offset=True,
+    )
+
+
+def _make_table(
+    node_type: NodeType, config: AlignConfig, graph: PartitionedGraph, exchange: Exchange
+) -> ShardedEmbedding:
+    owned = graph.owned[node_type]
+    weight = initial_rows(
+        owned,
+        config.embedding_dim,
+        num_rows=graph.num_nodes[node_type],
+        table=_TABLES[node_type],
+        seed=config.seed,
+    )
+    return ShardedEmbedding(
+        weight,
+        owned=owned,
+        owner_of=functools.partial(graph.owner_of, node_type),
+        local_rows=functools.partial(graph.local_rows, node_type),
+        exchange=exchange,
+    )
+
+
+def _owned_validation(
+    graph: PartitionedGraph, inputs: Inputs, rank: Rank, block_users: int
+) -> Validation:
+    """Return the validation of this rank's users."""
+    lists = graph.neighbors[REV_RATES]
+    train = CSR(lists.indptr, lists.source.long(), inputs.num_items)
+    valid = inputs.interactions("valid")
+    users, items = valid.rows, valid.columns
+    mine = graph.owner_of(USER, users) == rank.index
+    rows = graph.local_rows(USER, users[mine])
+    held_out = CSR.from_pairs(rows, items[mine], train.num_rows, inputs.num_items)
+    return Validation(train, held_out, block_users=block_users)
