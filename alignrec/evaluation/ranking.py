@@ -146,11 +146,16 @@ def _first_of_the_tied(
     scores: Float[Tensor, "rows n"], threshold: Float[Tensor, "rows 1"], k: int
 ) -> Int64[Tensor, "rows k"]:
     """Return the columns above the k-th value, filled up to k with the first that equal it."""
-    above = ~(scores <= threshold)  # NaN stays in, for the caller to see
-    equal = scores == threshold
-    places = k - above.sum(dim=1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(dim=1) <= places))  # exactly k in each row
-    return chosen.nonzero()[:, 1].view(-1, k)
+    row, column = (~(scores < threshold)).nonzero(as_tuple=True)  # NaN stays, for the caller to see
+    equal = scores[row, column] == threshold[row, 0]
+    num_above = torch.bincount(row[~equal], minlength=scores.shape[0])
+    of_row = row[equal]
+    lengths = torch.bincount(of_row, minlength=scores.shape[0])
+    before = (lengths.cumsum(0) - lengths)[of_row]  # equal values in earlier rows
+    place = torch.arange(of_row.numel(), device=row.device) - before
+    chosen = ~equal
+    chosen[equal] = place < (k - num_above)[of_row]  # exactly k in each row
+    return column[chosen].view(-1, k)
 
 
 def _refuse_non_finite(values: Float[Tensor, "block k"], block: Int64[Tensor, " block"]) -> None:
