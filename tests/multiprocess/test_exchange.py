@@ -1,0 +1,99 @@
+"""Rows travel between ranks: any counts, duplicates, gradients, and a rank that dies."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from alignrec.distributed.exchange import Exchange, gather_rows, sum_by_row
+from alignrec.distributed.process_group import Rank, new_group, process_group
+from alignrec.errors import StageFailure
+from alignrec.testing.processes import run_ranks
+
+NUM_ROWS, DIM = 23, 3
+
+
+def table() -> torch.Tensor:
+    return torch.arange(NUM_ROWS * DIM, dtype=torch.float32).view(NUM_ROWS, DIM)
+
+
+def wanted(rank: int) -> torch.Tensor:
+    """What a rank asks for: rank 0 nothing, others more and more, with duplicates."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(NUM_ROWS, (rank * 20,), generator=generator)
+
+
+def look_up(rank: Rank, exchange: Exchange, ids: torch.Tensor) -> dict[str, Any]:
+    """Rows of rank r are those with id % world_size == r; others are NaN here."""
+    world = rank.world_size
+    mine = torch.arange(NUM_ROWS) % world == rank.index
+    own = torch.where(mine[:, None], table(), torch.nan).requires_grad_()
+    rows = gather_rows(exchange, ids, lambda i: i % world, lambda i: own[i])
+    (rows.sum() + (rows * (ids[:, None] + rank.index)).sum()).backward()
+    route = exchange.send(ids, ids % world)
+    lengths = route.received % 4  # the list of id i is i % 4 times i
+    ragged = route.reply_ragged(lengths, route.received.repeat_interleave(lengths))
+    local, total = sum_by_row(route.received, route.send_back(torch.ones(len(ids), 2)))
+    return {
+        "rows": rows.detach().numpy(),
+        "gradient": own.grad.numpy(),
+        "ragged": [part.tolist() for part in ragged],
+        "received": (local.tolist(), total[:, 0].tolist()),
+        "sum": exchange.sum(torch.tensor([len(ids), 1])).tolist(),
+        "maximum": exchange.maximum(torch.tensor([len(ids)])).tolist(),
+    }
+
+
+def on_rank() -> list[dict[str, Any]]:
+    with process_group(timeout_seconds=60) as rank:
+        groups = [None, new_group(timeout_seconds=60)]
+        return [look_up(rank, Exchange(rank, group), wanted(rank.index)) for group in groups]
+
+
+def check(results: list[dict[str, Any]], asked: list[torch.Tensor]) -> None:
+    world = len(results)
+    expected = torch.zeros(NUM_ROWS, DIM)
+    for rank, ids in enumerate(asked):
+        expected.index_add_(0, ids, (1.0 + ids[:, None] + rank).expand(-1, DIM).contiguous())
+    times = torch.bincount(torch.cat(asked), minlength=NUM_ROWS)
+    for rank, (result, ids) in enumerate(zip(results, asked, strict=True)):
+        assert torch.equal(torch.tensor(result["rows"]), table()[ids])
+        mine = torch.arange(NUM_ROWS) % world == rank
+        torch.testing.assert_close(torch.tensor(result["gradient"])[mine], expected[mine])
+        assert result["ragged"] == [(ids % 4).tolist(), ids.repeat_interleave(ids % 4).tolist()]
+        own = [i for i in range(rank, NUM_ROWS, world) if times[i]]
+        assert result["received"] == (own, [float(times[i]) for i in own])
+        assert result["sum"] == [sum(map(len, asked)), world]
+        assert result["maximum"] == [max(map(len, asked))]
+
+
+def test_alone_without_a_process_group() -> None:
+    ids = torch.tensor([5, 5, 0, 22])
+    check([look_up(Rank(), Exchange(Rank()), ids)], [ids])
+
+
+@pytest.mark.multiprocess
+def test_ranks_with_unequal_and_zero_counts() -> None:
+    for results in zip(*run_ranks(on_rank, 3), strict=True):
+        check(list(results), [wanted(rank) for rank in range(3)])
+
+
+def lose_a_rank() -> str | None:
+    """Rank 1 leaves, which closes its connections as its death would; the others go on."""
+    with process_group(timeout_seconds=60) as rank:
+        exchange = Exchange(rank)
+        ids = torch.arange(6)
+        exchange.send(ids, ids % 3)
+        if rank.index == 1:
+            return None
+        with pytest.raises(StageFailure) as caught:
+            exchange.send(ids, ids % 3)
+        return str(caught.value)
+
+
+@pytest.mark.multiprocess
+def test_a_lost_rank_is_named_by_the_others() -> None:
+    seen = run_ranks(lose_a_rank, 3)
+    for rank in (0, 2):
+        assert re.search(rf"rank {rank} of 3 failed .*: rank 1 does not answer", seen[rank])
