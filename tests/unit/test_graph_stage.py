@@ -1,0 +1,113 @@
+"""The graph stage: its artifact, its resume, and what it says about bad input."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from alignrec import artifacts
+from alignrec.data.schema import INTERACTIONS, interactions_path, read_interactions
+from alignrec.errors import UserError
+from alignrec.graph import STAGE, building, schema
+from alignrec.stage import main
+from alignrec.testing.datasets import write_dataset
+from alignrec.testing.graphs import write_features, write_graph
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "dataset": write_dataset(tmp_path / "dataset", num_items=30, num_users=20),
+        "features": write_features(tmp_path / "features", num_items=30, zero_rows=(3,)),
+    }
+
+
+def test_artifact_holds_what_is_documented(inputs: dict[str, Path], tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "graph", **inputs, k=4, num_partitions=2)
+    manifest = artifacts.verify(graph)
+    users, items = read_interactions(inputs["dataset"], "train")
+    assert manifest.counts["num_train"] == len(users)
+    assert manifest.counts["num_partitions"] == 2
+    assert manifest.facts["num_without_neighbours"] == 1
+    np.testing.assert_array_equal(np.load(schema.train_items_path(graph)), np.unique(items))
+    with np.load(schema.similar_path(graph)) as file:
+        assert file["indptr"].dtype == np.int64
+        assert file["indices"].dtype == np.int32
+        assert file["values"].dtype == np.float32
+        assert len(file["indptr"]) == 31
+        assert file["indptr"][-1] == len(file["values"]) == manifest.counts["num_similar"]
+
+
+def test_a_killed_search_goes_on_with_the_same_result(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "_CHUNK_ROWS", 8)
+    whole = artifacts.read(write_graph(tmp_path / "whole", **inputs)).identity
+    calls: list[int] = []
+    search = building.knn.nearest_items
+
+    def dying(rows: Any, *, start: int, **others: Any) -> Any:
+        calls.append(start)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return search(rows, start=start, **others)
+
+    monkeypatch.setattr(building.knn, "nearest_items", dying)
+    with pytest.raises(KeyboardInterrupt):
+        write_graph(tmp_path / "graph", **inputs)
+    resumed = artifacts.read(write_graph(tmp_path / "graph", **inputs)).identity
+    assert calls == [0, 8, 16, 16, 24]
+    assert resumed == whole
+
+
+def test_features_of_another_catalogue(inputs: dict[str, Path], tmp_path: Path) -> None:
+    features = write_features(tmp_path / "others", num_items=29)
+    with pytest.raises(UserError, match=r"shape \(29, 12\).* 30 items"):
+        write_graph(tmp_path / "graph", dataset=inputs["dataset"], features=features)
+
+
+def test_no_training_interactions(inputs: dict[str, Path], tmp_path: Path) -> None:
+    path = interactions_path(inputs["dataset"], "train")
+    pq.write_table(INTERACTIONS.empty_table(), path)
+    with pytest.raises(UserError, match="no interactions"):
+        write_graph(tmp_path / "graph", **inputs)
+
+
+def test_interaction_with_an_unknown_item(inputs: dict[str, Path], tmp_path: Path) -> None:
+    path = interactions_path(inputs["dataset"], "train")
+    table = pq.read_table(path).to_pylist()
+    table[0]["item_index"] = 30
+    pq.write_table(type(pq.read_table(path)).from_pylist(table, schema=INTERACTIONS), path)
+    with pytest.raises(UserError, match=r"item_index 30, outside of 0\.\.29"):
+        write_graph(tmp_path / "graph", **inputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "graph.k=0"], "graph.k=0 is out of range"),
+        (["--set", "graph.partition_method=metris"], "Did you mean metis?"),
+        (["--set", "graph.num_partition=3"], "Did you mean num_partitions"),
+    ],
+)
+def test_command_line_reports_mistakes_in_a_line(
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    folders = [f"--{kind}={path}" for kind, path in inputs.items()]
+    code = main(STAGE, [*folders, f"--output={tmp_path / 'graph'}", *arguments])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_command_line_writes_the_artifact(inputs: dict[str, Path], tmp_path: Path) -> None:
+    folders = [f"--{kind}={path}" for kind, path in inputs.items()]
+    assert main(STAGE, [*folders, f"--output={tmp_path / 'graph'}", "--set", "graph.k=2"]) == 0
+    assert artifacts.verify(tmp_path / "graph").facts["k"] == 2
