@@ -131,9 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     kinds = render.add_subparsers(required=True, metavar="KIND")
     kube = kinds.add_parser("kubernetes", help="a RayJob of the KubeRay operator")
     kube.add_argument("recipe", help="a recipe's name or path inside the image")
-    kube.add_argument(
-        "--image", required=True, help="image with the checkout and its packages"
-    )
+    kube.add_argument("--image", required=True, help="image with the checkout and its packages")
     kube.add_argument("--run-dir", required=True, help="run directory on the shared volume")
     kube.add_argument("--volume-claim", required=True, help="volume claim, mounted at /data")
     kube.add_argument("--name", help="name of the job (default: the recipe's)")

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,7 +73,8 @@ def connected(config: ClusterConfig, *, num_ranks: int) -> Iterator[str]:
                 "_node_ip_address": _OWN_HOST,
             }
         try:
-            ray.init(address=address or "local", **options)
+            with _own_signals():
+                ray.init(address=address or "local", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address is None:
                 raise StageFailure(f"Ray did not start on this machine: {_first(error)}") from error
@@ -81,6 +84,17 @@ def connected(config: ClusterConfig, *, num_ranks: int) -> Iterator[str]:
             ) from error
         stack.callback(ray.shutdown)
         yield f"Ray cluster at {address}" if address else "a Ray of its own on this machine"
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this command's reaction to SIGTERM: Ray's prints a stack and skips the clean end."""
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, kept)
 
 
 def hosts() -> list[Host]:

@@ -12,6 +12,7 @@ _DEFAULTS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The run says in its own words that a rank died.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
+    "RAY_DATA_LOG_LEVEL": "WARNING",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Train would turn every print of a rank into a log record, and move it to a folder of its own.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

@@ -35,7 +35,8 @@ def main() -> int:
         stop.wait()
     finally:
         state.forget()
-        cluster.shutdown()
+        for node in cluster.list_all_nodes():
+            cluster.remove_node(node, allow_graceful=False)  # jobs are over or to be stopped
     return 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,6 +245,7 @@ class RayEngine:
     ) -> None:
         """Run a stage here when it drives Ray itself, else on its ranks in the cluster."""
         if step.stage.driver:
+            os.environ["ALIGNREC_RUN"] = run  # a tag of its metrics, as on ranks
             step.stage.load_run()(step.config, context)
             return
         from cluster.worker_group import run_stage

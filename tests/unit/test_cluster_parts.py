@@ -1,0 +1,152 @@
+"""What ranks reserve, which failure is told, lines of a growing log, manifests, the token."""
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alignrec.errors import StageFailure, UserError
+from alignrec.stage import Context, Stage
+from cluster import environment, kubernetes
+from cluster.config import ClusterConfig
+from cluster.engine import Host, Share, rank_variables, share
+from cluster.log_follower import LogFollower
+from cluster.rank import RankCrash, RankJob
+from cluster.worker_group import RankDeath, verdict
+
+
+@pytest.mark.parametrize(
+    ("hosts", "ranks", "expected"),
+    [
+        ([Host(2, 0)], 1, Share(2, 0)),
+        ([Host(2, 0)], 2, Share(1, 0)),
+        ([Host(8, 0)], 3, Share(2, 0)),
+        ([Host(3, 0), Host(3, 0)], 3, Share(1, 0)),
+        ([Host(4, 0), Host(8, 0)], 3, Share(4, 0)),
+        ([Host(8, 4)], 4, Share(2, 1)),
+        ([Host(8, 4)], 8, Share(1, 0)),
+    ],
+)
+def test_all_ranks_fit_at_once(hosts: list[Host], ranks: int, expected: Share) -> None:
+    part = share(hosts, ranks, ClusterConfig(), stage="align")
+    assert part == expected
+    assert sum(int(host.cpus) // part.cpus for host in hosts) >= ranks
+
+
+@pytest.mark.parametrize(
+    ("ranks", "config"),
+    [
+        (3, ClusterConfig()),
+        (2, ClusterConfig(cpus_per_rank=2)),
+        (1, ClusterConfig(gpus_per_rank=1)),
+    ],
+)
+def test_ranks_that_would_wait_for_ever_are_refused(ranks: int, config: ClusterConfig) -> None:
+    with pytest.raises(UserError, match=rf"align.num_ranks={ranks} .* would wait for ever"):
+        share([Host(2, 0)], ranks, config, stage="align")
+
+
+def test_ranks_use_their_cores_unless_told_otherwise() -> None:
+    assert rank_variables(Share(3, 0), {}, run="demo") == {
+        "OMP_NUM_THREADS": "3",
+        "ALIGNREC_RUN": "demo",
+        "DS_ACCELERATOR": "cpu",
+    }
+    told = rank_variables(Share(3, 1), {"OMP_NUM_THREADS": "1"}, run="demo")
+    assert told == {"OMP_NUM_THREADS": "1", "ALIGNREC_RUN": "demo"}
+
+
+def job(tmp_path: Path) -> RankJob:
+    stage = Stage("align", "embeddings", "none:Config", "none:run")
+    return RankJob(stage, None, Context({}, tmp_path / "align", "", tmp_path), tmp_path)
+
+
+def test_the_verdict_names_the_cause(tmp_path: Path) -> None:
+    from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+
+    mistake, failure = UserError("mistake"), StageFailure("peer died")
+    echo, death = RankCrash("connection reset"), WorkerCrashedError()
+
+    def of(*errors: Exception) -> Exception:
+        return verdict(job(tmp_path), dict(enumerate(errors)))
+
+    assert of(death, echo, mistake) is mistake
+    assert isinstance(of(failure, death), RankDeath)
+    assert "rank 1 of align died" in str(of(failure, death))
+    assert of(echo, failure) is failure
+    assert of(echo) is echo
+    assert "ran out of memory" in str(of(OutOfMemoryError("x")))
+    unexpected = of(ValueError("from Ray itself"))
+    assert isinstance(unexpected, RankCrash)
+    assert "from Ray itself" in str(unexpected)
+
+
+def test_the_follower_shows_whole_lines_written_after_its_start(tmp_path: Path) -> None:
+    log, lines = tmp_path / "rank_0.log", list[str]()
+    log.write_text("[align] before\n")
+    with LogFollower(log, prefix="[align]", show=lines.append), log.open("a") as file:
+        file.write("[align] 1/2\nnoise of a library\n[ali")
+        file.flush()
+        file.write("gn] 2/2\n[align] torn")
+    assert lines == ["[align] 1/2", "[align] 2/2"]
+
+
+def test_the_follower_waits_for_the_file(tmp_path: Path) -> None:
+    log, lines = tmp_path / "rank_0.log", list[str]()
+    with LogFollower(log, prefix="[align]", show=lines.append):
+        log.write_text("[align] first\n")
+    assert lines == ["[align] first"]
+
+
+def test_the_token_is_private_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ray" / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    environment.ensure_token()
+    token = path.read_text()
+    assert len(token) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    environment.ensure_token()
+    assert path.read_text() == token
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "abc")]
+)
+def test_no_token_is_made_where_none_is_needed(
+    variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv(variable, value)
+    environment.ensure_token()
+    assert not (tmp_path / "token").exists()
+
+
+def test_the_manifest_has_a_worker_for_every_rank() -> None:
+    text = kubernetes.render(
+        {"pretrain": {"num_ranks": 3}, "align": None, "graph": {}},
+        name="my_run",
+        recipe="production",
+        image="registry/alignrec:1",
+        run_dir="/data/runs/production",
+        hosts=None,
+        cpus_per_host=4,
+        gpus_per_host=1,
+        memory="16Gi",
+        volume_claim="data",
+    )
+    manifest: dict[str, Any] = yaml.safe_load(text)
+    assert "&" not in text
+    assert manifest["metadata"]["name"] == "my-run"
+    spec = manifest["spec"]
+    assert spec["entrypoint"] == "python -m launch run production --run-dir /data/runs/production"
+    workers = spec["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert workers["replicas"] == 3
+    container = workers["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
