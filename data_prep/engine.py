@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,12 +15,18 @@ from alignrec.errors import StageFailure, UserError
 from data_prep.config import DataPrepConfig
 from data_prep.shards import ShardPlan, write_shard
 
-# Ray Data tells of every plan, and warns of what is meant: token authentication is on, no bars.
+# Ray Data tells of every plan, warns of what is meant (no bars, token authentication is on) and
+# prints a failed task's stack beside the exception that says the same.
 _LOG_LEVELS = {
     "ray.data": logging.WARNING,
     "ray.data._internal.progress": logging.ERROR,
+    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,
+    "ray.data.exceptions": logging.CRITICAL,
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
 }
+
+# A line such as "OSError: [Errno 28] No space left on device"; Ray's own have a dotted name.
+_EXCEPTION = re.compile(r"[A-Z]\w*(Error|Exception|Interrupt|Exit): ")
 
 
 @contextlib.contextmanager
@@ -64,16 +71,25 @@ def run_shards(
     rows = [{"chunk": chunk} for chunk in chunks]
     # One block a chunk, so that each is a task of its own: that is what a lost worker costs.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        functools.partial(write_shard, plan=plan), num_cpus=1, concurrency=num_cpus
+        functools.partial(write_shard, plan=plan),
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=num_cpus),
     )
     try:
         for summary in dataset.iter_rows():
             finished(summary)
     except ray.exceptions.RayError as error:
-        last = str(error).strip().splitlines()[-1]
         raise StageFailure(
-            f"a shard task failed: {last}. Finished shards are kept; run the same command again."
+            f"a shard task failed: {_cause(error)}. Finished shards are kept: correct the cause "
+            f"and run the same command again."
         ) from error
+
+
+def _cause(error: ray.exceptions.RayError) -> str:
+    """Return the exception that a task met; Ray Data hands it on as the text of a traceback."""
+    lines = str(error).strip().splitlines()
+    causes = (line for line in lines if _EXCEPTION.match(line))
+    return next(causes, lines[0] if lines else type(error).__name__)
 
 
 def _connect(config: DataPrepConfig) -> None:

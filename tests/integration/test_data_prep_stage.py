@@ -20,8 +20,11 @@ import yaml
 from alignrec import artifacts, stage
 from alignrec.data import schema
 from alignrec.data.schema import SPLITS
+from alignrec.errors import StageFailure
 from alignrec.testing import synthetic
-from data_prep import STAGE
+from data_prep import STAGE, engine
+from data_prep.images import ImageRules
+from data_prep.shards import ShardPlan, TextRules
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +211,13 @@ def test_a_wrong_folder_of_pictures_stops_the_run_early(
     assert 0 < len(listed) < NUM_ITEMS - 1
     assert prepare(tmp_path / "out", {**section, "max_bad_fraction": 1.0}) == 0
     assert artifacts.read(tmp_path / "out").counts["num_quarantined"] == NUM_ITEMS - 1
+
+
+def test_a_failing_task_is_reported_with_its_cause(local_ray: None, tmp_path: Path) -> None:
+    rules = ImageRules("/", (), 64, 4, 90, 1000, 1000)
+    plan = ShardPlan(tmp_path, tmp_path / "work", rules, TextRules("|", 9, 9), read_threads=1)
+    with pytest.raises(StageFailure, match=r"FileNotFoundError: .*000000\.parquet"):
+        engine.run_shards(plan, [0], num_cpus=1, finished=print)
 
 
 def test_items_without_interactions_can_be_left_out(
