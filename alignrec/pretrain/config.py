@@ -82,10 +82,11 @@ class ObjectiveConfig:
         False, "predict each patch's pixels less its mean, over its deviation (as MAE does)"
     )
     image_weight: float = option(1.0, "weight of the picture loss beside the text loss", minimum=0)
-    predict_from_cls: bool = option(
-        True,
-        "predictions see the CLS state beside the masked position's, so that CLS learns to "
-        "summarise the item; false is BEiT-3's head",
+    summary_weight: float = option(
+        1.0,
+        "weight of predicting the masked tokens and patches a second time, from the CLS state "
+        "alone, which makes CLS a summary of the item; 0: BEiT-3's objective",
+        minimum=0,
     )
 
 

@@ -48,9 +48,9 @@ class Engine:
         module: MaskedModel = self._engine.module
         return module
 
-    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor, Predictions]:
+    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Predictions]:
         """Return the model's loss sums and predictions."""
-        result: tuple[Tensor, Tensor, Predictions] = self._engine(batch)
+        result: tuple[Tensor, Predictions] = self._engine(batch)
         return result
 
     def backward(self, loss: Tensor) -> None:

@@ -38,13 +38,13 @@ def judge(engine: Engine, data: TrainingData, rank: Rank, *, batch_size: int) ->
         data.split.held_out, batch_size=batch_size, rank=rank.index, num_ranks=rank.world_size
     ):
         batch = data.held_out_batch(share).to(rank.device)
-        text_loss, image_loss, predictions = engine.forward(batch)
+        losses, predictions = engine.forward(batch)
         goals = batch.targets[batch.masked_text]
         pixels = engine.model.patch_targets(batch)
         hits = (predictions.logits.argmax(dim=1) == goals).sum()
         squares = pixels.double().square().mean(dim=1).sum()
         counts = batch.counts()
-        sums += torch.stack([*counts, text_loss, image_loss, hits, squares]).double().cpu()
+        sums += torch.stack([*counts, *losses[:2], hits, squares]).double().cpu()
         words += torch.bincount(goals, minlength=len(words)).double().cpu()
         patch += pixels.double().sum(dim=0).cpu()
     total = all_reduce_sum(torch.cat([sums, words, patch]).to(rank.device), rank).cpu()
@@ -82,7 +82,7 @@ def write_reconstructions(
     """
     rows = data.split.held_out if len(data.split.held_out) else data.split.train
     batch = data.held_out_batch(MicroBatch(0, rows[:_NUM_PICTURES])).to(rank.device)
-    _, _, predictions = engine.forward(batch)  # with ZeRO-3 every rank takes part
+    _, predictions = engine.forward(batch)  # with ZeRO-3 every rank takes part
     if not rank.is_first:
         return
     arrays: dict[str, Any] = {

@@ -5,6 +5,11 @@
 
 Both means run over the whole global batch. A rank returns sums; the trainer divides them by the
 global counts, so that ranks and micro batches of unequal size give the loss of one big batch.
+
+In BEiT-3 nothing pulls on the CLS state, though AlignRec takes it for the item's feature. So the
+same tokens and patches are predicted a second time from CLS alone (an idea of RetroMAE, Xiao et al.
+2022): the bag of masked words, and each masked patch by its position. ``summary_weight: 0`` is
+BEiT-3's objective.
 """
 
 import dataclasses
@@ -16,10 +21,12 @@ from torch import Tensor, nn
 
 from alignrec.data.loader import ItemBatch
 from alignrec.pretrain.architecture import Architecture
+from alignrec.pretrain.config import ObjectiveConfig
 from alignrec.pretrain.encoder import Encoder, patchify
 from alignrec.pretrain.masking import Masks
-from alignrec.pretrain.multiway import Streams
 
+# Means over masked tokens (even places) and masked patches (odd places) of the global batch.
+LOSSES = ("text", "image", "summary_text", "summary_image")
 _TINY_VARIANCE = 1e-6
 
 
@@ -84,20 +91,39 @@ class Predictions:
     patches: Float[Tensor, "patches values"]
 
 
-class MaskedModel(nn.Module):
-    """Encoder with the two prediction heads."""
+class Summary(nn.Module):
+    """Vectors for the two heads, made from the CLS state alone."""
 
-    def __init__(
-        self, architecture: Architecture, *, predict_from_cls: bool, normalise_patches: bool
-    ) -> None:
+    def __init__(self, width: int, num_patches: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.text = nn.Linear(width, width)
+        self.vision = nn.Linear(width, width)
+        self.positions = nn.Embedding(num_patches, width)
+
+    def forward(
+        self, cls_state: Float[Tensor, "batch width"], masked: Bool[Tensor, "batch patches"]
+    ) -> tuple[Tensor, Tensor]:
+        """Return one vector per item for its words, and one per masked patch."""
+        state = self.norm(cls_state)
+        item, position = masked.nonzero(as_tuple=True)
+        vision = self.vision(state)[item] + self.positions(position)
+        return F.gelu(self.text(state)), F.gelu(vision)
+
+
+class MaskedModel(nn.Module):
+    """Encoder with the two prediction heads and, where asked for, the summary."""
+
+    def __init__(self, architecture: Architecture, objective: ObjectiveConfig) -> None:
         super().__init__()
         width = architecture.width
-        self.normalise_patches = normalise_patches
+        self.normalise_patches = objective.normalise_patches
         self.encoder = Encoder(architecture)
         self.mlm_head = nn.Linear(width, architecture.vocabulary_size)
         self.mim_head = nn.Linear(width, architecture.patch_values)
-        self.cls_to_text = nn.Linear(width, width) if predict_from_cls else None
-        self.cls_to_vision = nn.Linear(width, width) if predict_from_cls else None
+        self.summary = (
+            Summary(width, architecture.num_patches) if objective.summary_weight else None
+        )
 
     def reset_parameters(self) -> None:
         """Draw all parameters from torch's default generator."""
@@ -106,17 +132,31 @@ class MaskedModel(nn.Module):
             nn.init.normal_(head.weight, std=head.in_features**-0.5)
             nn.init.zeros_(head.bias)
 
-    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor, Predictions]:
-        """Return loss sums over masked tokens and over masked patches, and the predictions."""
+    def forward(self, batch: MaskedBatch) -> tuple[Float[Tensor, "4"], Predictions]:
+        """Return the four loss sums of ``LOSSES`` and the predictions."""
         streams = self.encoder(
             batch.images, batch.has_image, batch.tokens, batch.text_padding, batch.masked_patches
         )
-        predictions = self._predict(streams, batch)
-        words = F.cross_entropy(
-            predictions.logits, batch.targets[batch.masked_text], reduction="sum"
+        predictions = Predictions(
+            self.mlm_head(streams.text[batch.masked_text]).float(),
+            self.mim_head(streams.vision[:, 1:][batch.masked_patches]).float(),
         )
-        pixels = F.mse_loss(predictions.patches, self.patch_targets(batch), reduction="none")
-        return words, pixels.mean(dim=1).sum(), predictions
+        words, pixels = batch.targets[batch.masked_text], self.patch_targets(batch)
+        sums = [
+            F.cross_entropy(predictions.logits, words, reduction="sum"),
+            squared_error(predictions.patches, pixels),
+        ]
+        if self.summary is None:
+            sums += [torch.zeros_like(sums[0])] * 2
+        else:
+            for_text, for_patches = self.summary(streams.vision[:, 0], batch.masked_patches)
+            rows = batch.masked_text.nonzero()[:, 0]
+            log_shares = self.mlm_head(for_text).float().log_softmax(dim=1)  # (batch, vocabulary)
+            sums += [
+                -log_shares[rows, words].sum(),
+                squared_error(self.mim_head(for_patches).float(), pixels),
+            ]
+        return torch.stack(sums), predictions
 
     def patch_targets(self, batch: MaskedBatch) -> Float[Tensor, "patches values"]:
         """Return the pixels to predict, -1 .. 1 or normalised per patch."""
@@ -127,26 +167,26 @@ class MaskedModel(nn.Module):
         variance, mean = torch.var_mean(pixels, dim=1, keepdim=True)
         return (pixels - mean) / (variance + _TINY_VARIANCE).sqrt()
 
-    def _predict(self, streams: Streams, batch: MaskedBatch) -> Predictions:
-        summary = streams.vision[:, 0]
-        text, vision = streams.text, streams.vision[:, 1:]
-        if self.cls_to_text is not None and self.cls_to_vision is not None:
-            text = text + self.cls_to_text(summary)[:, None]
-            vision = vision + self.cls_to_vision(summary)[:, None]
-        return Predictions(
-            self.mlm_head(text[batch.masked_text]).float(),
-            self.mim_head(vision[batch.masked_patches]).float(),
-        )
+
+def squared_error(
+    predicted: Float[Tensor, "patches values"], target: Float[Tensor, "patches values"]
+) -> Float[Tensor, ""]:
+    """Return the sum over patches of the mean squared error of a patch."""
+    return (predicted - target).square().mean(dim=1).sum()
 
 
 def build_model(
-    architecture: Architecture, *, predict_from_cls: bool, normalise_patches: bool, seed: int
+    architecture: Architecture, objective: ObjectiveConfig, *, seed: int
 ) -> MaskedModel:
     """Return a model whose parameters are a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MaskedModel(
-            architecture, predict_from_cls=predict_from_cls, normalise_patches=normalise_patches
-        )
+        model = MaskedModel(architecture, objective)
         model.reset_parameters()
     return model
+
+
+def loss_weights(objective: ObjectiveConfig) -> Float[Tensor, "4"]:
+    """Return the weight of each of ``LOSSES``."""
+    image, summary = objective.image_weight, objective.summary_weight
+    return torch.tensor([1.0, image, summary, summary * image])

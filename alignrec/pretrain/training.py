@@ -1,6 +1,6 @@
 """Stage 1: train the encoder by mask-then-predict (dataset -> encoder)."""
 
-import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +20,13 @@ from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
 from alignrec.pretrain.encoder import save_encoder
 from alignrec.pretrain.engine import Engine, deepspeed_group
 from alignrec.pretrain.held_out import judge, write_reconstructions
-from alignrec.pretrain.objective import MaskedBatch, MaskedModel, build_model
+from alignrec.pretrain.objective import (
+    LOSSES,
+    MaskedBatch,
+    MaskedModel,
+    build_model,
+    loss_weights,
+)
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import TOKENIZER, Words, load_words, write_tokenizer
 from alignrec.stage import Context
@@ -61,20 +67,6 @@ def _open_draft(config: PretrainConfig, context: Context, rank: Rank) -> artifac
     return artifacts.Draft(artifacts.partial_path(context.output))
 
 
-@dataclasses.dataclass
-class StepSums:
-    """Sums over the masked positions of one optimizer step, over all ranks when reduced."""
-
-    text_loss: float = 0.0
-    image_loss: float = 0.0
-    hits: float = 0.0
-    num_items: float = 0.0
-
-    def tensor(self) -> Tensor:
-        """Return the sums as float64."""
-        return torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
-
-
 class Trainer:
     """The training loop of one rank with its place in the run."""
 
@@ -105,8 +97,7 @@ class Trainer:
         config = self.config
         model = build_model(
             config.encoder.architecture(self.words.vocabulary_size),
-            predict_from_cls=config.objective.predict_from_cls,
-            normalise_patches=config.objective.normalise_patches,
+            config.objective,
             seed=config.seed,
         )
         found = checkpoint.latest(self.checkpoints)
@@ -167,40 +158,42 @@ class Trainer:
         """Move the parameters once by the gradient of the loss over the global batch."""
         counts = torch.stack([batch.counts() for batch in batches]).sum(dim=0)
         num_words, num_patches = all_reduce_sum(counts, self.rank).clamp(min=1.0).tolist()
+        scale = torch.tensor([1.0 / num_words, 1.0 / num_patches] * 2)
+        weights = (loss_weights(self.config.objective) * scale).to(self.rank.device)
         rate = learning_rate(self.config, step=self.step, num_steps=self.num_steps)
-        weight = self.config.objective.image_weight
-        sums, bad_items = StepSums(), torch.full((_ITEMS_NAMED,), -1, dtype=torch.int64)
+        # the losses of LOSSES, right predictions, items
+        sums = torch.zeros(len(LOSSES) + 2, dtype=torch.float64, device=self.rank.device)
+        bad_items = torch.full((_ITEMS_NAMED,), -1, dtype=torch.int64)
         for batch in batches:
-            text_loss, image_loss, predictions = self.engine.forward(batch)
-            loss = text_loss / num_words + weight * image_loss / num_patches
+            losses, predictions = self.engine.forward(batch)
+            loss = (losses * weights).sum()
             self.engine.backward(loss)
             self.engine.step(rate)
-            sums.text_loss += text_loss.item()
-            sums.image_loss += image_loss.item()
             goals = batch.targets[batch.masked_text]
-            sums.hits += (predictions.logits.argmax(dim=1) == goals).sum().item()
-            sums.num_items += (batch.item_index >= 0).sum().item()
+            hits = (predictions.logits.argmax(dim=1) == goals).sum()
+            sums += torch.stack([*losses.detach(), hits, (batch.item_index >= 0).sum()])
             if not torch.isfinite(loss) and bad_items[0] < 0:
                 named = batch.item_index[:_ITEMS_NAMED].cpu()
                 bad_items[: len(named)] = named
-        total = StepSums(*all_reduce_sum(sums.tensor().to(self.rank.device), self.rank).tolist())
+        *losses_sums, hits_sum, num_items = all_reduce_sum(sums, self.rank).tolist()
         self.step += 1
-        self._stop_at_nan(total, bad_items)
-        text, image = total.text_loss / num_words, total.image_loss / num_patches
+        if not math.isfinite(sum(losses_sums)):
+            self._stop_at_nan(bad_items)
+        means = [s * float(f) for s, f in zip(losses_sums, scale, strict=True)]
         return {
-            "loss": text + weight * image,
-            "loss/text": text,
-            "loss/image": image,
-            "text_accuracy": total.hits / num_words,
+            "loss": sum(
+                m * float(w)
+                for m, w in zip(means, loss_weights(self.config.objective), strict=True)
+            ),
+            **{f"loss/{name}": mean for name, mean in zip(LOSSES, means, strict=True)},
+            "text_accuracy": hits_sum / num_words,
             "learning_rate": rate,
             "epoch": self.step / self.data.plan.steps_per_epoch,
-            "num_items": total.num_items,
+            "num_items": num_items,
         }
 
-    def _stop_at_nan(self, total: StepSums, bad_items: Tensor) -> None:
-        """Fail on every rank when the loss of any of them is not a number."""
-        if torch.isfinite(total.tensor()).all():
-            return
+    def _stop_at_nan(self, bad_items: Tensor) -> None:
+        """Fail on every rank, because the loss of one of them is not a number."""
         lists = [bad_items.clone().to(self.rank.device) for _ in range(self.rank.world_size)]
         if self.rank.world_size > 1:
             dist.all_gather(lists, lists[self.rank.index])
