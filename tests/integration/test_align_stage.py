@@ -1,0 +1,210 @@
+"""The align stage as a command: result, resume after SIGKILL, several ranks, errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from alignrec import artifacts
+from alignrec.align import ABLATION, STAGE
+from alignrec.errors import UserError
+from alignrec.stage import Context, Stage
+from alignrec.telemetry import read_history
+from alignrec.testing.datasets import write_dataset
+from alignrec.testing.graphs import write_features, write_graph
+from alignrec.testing.processes import run_ranks
+
+pytestmark = pytest.mark.integration
+
+NUM_USERS, NUM_ITEMS = 40, 30
+SETTINGS = {"embedding_dim": 8, "batch_size": 50, "epochs": 4, "learning_rate": 0.01}
+# Runs the stage and dies in the middle of writing checkpoint number argv[1].
+DYING = """
+import os, signal, sys
+from alignrec import artifacts
+from alignrec.align import STAGE
+from alignrec.stage import main
+saves = 0
+whole = artifacts.checksums
+def checksums(folder):
+    global saves
+    saves += folder.parent.name == "checkpoints"
+    if saves == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(folder)
+artifacts.checksums = checksums
+sys.exit(main(STAGE, sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("align")
+    dataset = write_dataset(root / "dataset", num_items=NUM_ITEMS, num_users=NUM_USERS)
+    features = write_features(root / "features", num_items=NUM_ITEMS)
+    graph = write_graph(root / "graph", dataset=dataset, features=features, k=4, num_partitions=3)
+    return {"dataset": dataset, "features": features, "graph": graph}
+
+
+def run_stage(
+    stage: Stage, folders: dict[str, Path], output: Path, settings: dict[str, Any]
+) -> artifacts.Manifest:
+    config = stage.load_config(settings)
+    context = Context(
+        inputs=folders,
+        output=output,
+        fingerprint=stage.fingerprint(config, folders),
+        log_dir=output.with_name(output.name + ".logs"),
+    )
+    stage.load_run()(config, context)
+    return artifacts.read(output, "embeddings")
+
+
+def run_sampled(folders: dict[str, Path], output: Path, settings: dict[str, Any]) -> None:
+    run_stage(STAGE, folders, output, settings)
+
+
+def arguments(folders: dict[str, Path], output: Path, settings: dict[str, Any]) -> list[str]:
+    inputs = [part for kind, path in folders.items() for part in (f"--{kind}", str(path))]
+    sets = [part for k, v in settings.items() for part in ("--set", f"align.{k}={v}")]
+    return [*inputs, "--output", str(output), *sets]
+
+
+def run_command(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def losses(log_dir: Path) -> list[dict[str, Any]]:
+    timed = ("time", "triples_per_second")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_history(log_dir)]
+
+
+def test_the_artifact_holds_embeddings_parameters_history_and_facts(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    manifest = run_stage(STAGE, folders, tmp_path / "align", SETTINGS)
+    assert set(manifest.files) == {
+        "embeddings.safetensors",
+        "model.safetensors",
+        "history.jsonl",
+    }
+    tables = load_file(tmp_path / "align" / "embeddings.safetensors")
+    assert {name: tuple(t.shape) for name, t in tables.items()} == {
+        "user": (NUM_USERS, 8),
+        "item": (NUM_ITEMS, 8),
+    }
+    assert manifest.counts == {"num_users": NUM_USERS, "num_items": NUM_ITEMS, "embedding_dim": 8}
+    rows = read_history(tmp_path / "align")
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+    best = max(rows, key=lambda row: row["valid/recall@20"])
+    assert manifest.facts["best_epoch"] == best["epoch"]
+    assert manifest.facts["valid"]["recall@20"] == best["valid/recall@20"]
+    assert manifest.facts["epochs_run"] == 4
+    assert {"loss/bpr", "loss/cca", "loss/uia", "loss/reg", "loss/l2"} <= rows[0].keys()
+    assert rows[-1]["loss/bpr"] < rows[0]["loss/bpr"]
+
+
+def test_training_stops_when_validation_does_not_improve(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "learning_rate": 0.0, "epochs": 50, "patience": 2, "evaluate_every": 3}
+    manifest = run_stage(STAGE, folders, tmp_path / "align", settings)
+    assert manifest.facts["epochs_run"] == 9
+    assert manifest.facts["best_epoch"] == 2
+    assert manifest.facts["stopped_early"]
+
+
+def test_the_ablation_trains_without_content(folders: dict[str, Path], tmp_path: Path) -> None:
+    run_stage(ABLATION, folders, tmp_path / "ablation", SETTINGS)
+    assert set(load_file(tmp_path / "ablation" / "model.safetensors")) == {"user", "item"}
+    assert "loss/cca" not in read_history(tmp_path / "ablation")[0]
+
+
+def test_a_killed_run_continues_to_the_same_bits(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings = {**SETTINGS, "checkpoint_steps": 3}
+    run_stage(STAGE, folders, tmp_path / "whole", settings)
+    output = tmp_path / "killed"
+    for save in ("2", "3"):
+        died = run_command("-c", DYING, save, *arguments(folders, output, settings))
+        assert died.returncode == -9, died.stderr
+        assert not output.exists()
+    finished = run_command("-m", "alignrec.align", *arguments(folders, output, settings))
+    assert finished.returncode == 0, finished.stderr
+    assert "resuming at epoch" in finished.stdout
+    for name in ("embeddings.safetensors", "model.safetensors"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert losses(output) == losses(tmp_path / "whole")
+
+
+def test_sampled_on_two_ranks_writes_the_same_artifact(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "mode": "sampled", "num_ranks": 2, "num_neighbors": (3, 3)}
+    run_ranks(run_sampled, 2, folders, tmp_path / "align", settings)
+    manifest = artifacts.verify(tmp_path / "align")
+    assert manifest.facts["epochs_run"] == 4
+    tables = load_file(tmp_path / "align" / "embeddings.safetensors")
+    assert tables["user"].shape == (NUM_USERS, 8)
+    assert all(np.isfinite(table.numpy()).all() for table in tables.values())
+    assert set(load_file(tmp_path / "align" / "model.safetensors")) == {
+        "user",
+        "item",
+        "gate.project.weight",
+        "gate.project.bias",
+        "gate.gate.weight",
+        "gate.gate.bias",
+    }
+
+
+def test_artifacts_that_do_not_belong_together_are_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    other = write_dataset(tmp_path / "dataset", num_items=NUM_ITEMS, num_users=NUM_USERS, seed=1)
+    with pytest.raises(UserError, match="built from another dataset"):
+        run_stage(STAGE, {**folders, "dataset": other}, tmp_path / "align", SETTINGS)
+    few = write_features(tmp_path / "features", num_items=NUM_ITEMS - 1)
+    with pytest.raises(UserError, match="rows would belong to other items"):
+        run_stage(STAGE, {**folders, "features": few}, tmp_path / "align", SETTINGS)
+
+
+def test_features_that_are_not_finite_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    bad = write_features(tmp_path / "features", num_items=NUM_ITEMS)
+    table = np.load(bad / "features.npy")
+    table[4, 2] = np.nan
+    np.save(bad / "features.npy", table)
+    with pytest.raises(UserError, match="1 of 30 rows are not finite"):
+        run_stage(STAGE, {**folders, "features": bad}, tmp_path / "align", SETTINGS)
+
+
+def test_a_missing_graph_file_is_one_line_and_exit_code_2(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    graph = tmp_path / "graph"
+    graph.mkdir()
+    manifest = json.loads((folders["graph"] / "manifest.json").read_text())
+    (graph / "manifest.json").write_text(json.dumps(manifest))
+    found = run_command(
+        "-m", "alignrec.align", *arguments({**folders, "graph": graph}, tmp_path / "out", SETTINGS)
+    )
+    assert found.returncode == 2
+    assert "similar.npz" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_several_ranks_in_mode_full_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="mode full is one process, but 2 ranks"):
+        run_ranks(run_sampled, 2, folders, tmp_path / "align", SETTINGS)
