@@ -1,16 +1,19 @@
 """The graph stage: its artifact, its resume, and what it says about bad input."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from alignrec import artifacts
 from alignrec.data.schema import INTERACTIONS, interactions_path, read_interactions
 from alignrec.errors import UserError
 from alignrec.graph import STAGE, building, schema
+from alignrec.graph.config import GraphConfig
 from alignrec.stage import main
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
@@ -111,3 +114,11 @@ def test_command_line_writes_the_artifact(inputs: dict[str, Path], tmp_path: Pat
     folders = [f"--{kind}={path}" for kind, path in inputs.items()]
     assert main(STAGE, [*folders, f"--output={tmp_path / 'graph'}", "--set", "graph.k=2"]) == 0
     assert artifacts.verify(tmp_path / "graph").facts["k"] == 2
+
+
+def test_settings_in_the_documentation_are_settings() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "graph.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    configs = [STAGE.load_config(yaml.safe_load(block)["graph"]) for block in blocks]
+    assert len(configs) == 4
+    assert configs[0] == GraphConfig()

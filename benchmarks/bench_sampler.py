@@ -1,0 +1,138 @@
+"""Seeds a second of the distributed sampler on a synthetic power-law graph.
+
+    python benchmarks/bench_sampler.py --ranks 2
+
+Seeds are the nodes that neighbourhoods are sampled around: three for each training triple. A batch
+is complete when its edges, weights and content features are there.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from alignrec.distributed.exchange import Exchange
+from alignrec.distributed.process_group import new_group, process_group
+from alignrec.graph import schema
+from alignrec.graph.config import GraphConfig
+from alignrec.graph.edges import WholeGraph, whole_graph
+from alignrec.graph.layout import write_partitions
+from alignrec.graph.loader import TripleLoader, TripleSettings
+from alignrec.graph.partition import partition_facts, partitioner
+from alignrec.graph.stores import PartitionedGraph
+from alignrec.testing.processes import run_ranks
+
+
+def power_law_graph(num_users: int, num_items: int, num_edges: int, k: int) -> WholeGraph:
+    """Users and items in 64 loose communities; popularity falls with rank ** -0.8."""
+    rng = np.random.default_rng(0)
+
+    def draw(count: int, size: int) -> np.ndarray:
+        weight = np.arange(1, count + 1) ** -0.8
+        ends = np.cumsum(weight / weight.sum())
+        return np.searchsorted(ends, rng.random(size) * ends[-1])
+
+    pairs = np.empty(0, dtype=np.int64)
+    while len(pairs) < num_edges:
+        users, items = draw(num_users, num_edges), draw(num_items, num_edges)
+        near = np.minimum(items // 64 * 64 + users % 64, num_items - 1)
+        items = np.where(rng.random(num_edges) < 0.7, near, items)
+        pairs = np.union1d(pairs, users * num_items + items)
+    pairs = np.sort(rng.permutation(pairs)[:num_edges])
+    chosen = rng.integers(0, num_items, size=(num_items, k))
+    rows = np.repeat(np.arange(num_items), k)
+    similar = sp.csr_matrix((np.ones(rows.size), (rows, chosen.ravel())), (num_items, num_items))
+    similar = (similar.maximum(similar.T) / k).tocsr().astype(np.float32)
+    return whole_graph(
+        pairs // num_items,
+        pairs % num_items,
+        num_users=num_users,
+        num_items=num_items,
+        similar=similar,
+    )
+
+
+def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Write the partitioned graph and return facts about it."""
+    graph = power_law_graph(options.users, options.items, options.edges, k=10)
+    config = GraphConfig(num_partitions=2, partition_method=options.method)
+    started = time.monotonic()
+    parts = partitioner(config).assign(graph, config.num_partitions)
+    seconds = time.monotonic() - started
+    features = np.random.default_rng(1).normal(size=(options.items, 64)).astype(np.float32)
+    write_partitions(folder, graph, parts, num_partitions=config.num_partitions, features=features)
+    np.save(
+        schema.train_items_path(folder),
+        np.flatnonzero(graph.degree[schema.ITEM]).astype(np.int32),
+    )
+    facts = partition_facts(graph, parts, config.num_partitions)
+    return {
+        "edges": len(graph.edges[schema.RATES]),
+        "partition_seconds": round(seconds, 1),
+        "cut": facts["edge_cut"]["user__rates__item"],
+    }
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Sample some steps on this rank."""
+    with process_group() as rank:
+        exchange = Exchange(rank, new_group())
+        graph = PartitionedGraph.open(folder, rank)
+        content = () if options.without_content else (10,)
+        settings = TripleSettings((10, 10), content, options.batch * rank.world_size)
+        batches = TripleLoader(graph, exchange, settings).epoch(0)
+        next(batches)
+        seeds = edges = 0
+        started, used = time.monotonic(), time.process_time()
+        for _ in range(options.steps):
+            batch = next(batches)
+            seeds += 3 * len(batch[schema.USER].src_index)
+            edges += sum(batch[t].edge_index.shape[1] for t in schema.EDGE_TYPES)
+        seconds = time.monotonic() - started
+        cpu_seconds = time.process_time() - used
+        return {"seeds": seeds, "edges": edges, "seconds": seconds, "cpu_seconds": cpu_seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, default=150_000)
+    parser.add_argument("--items", type=int, default=100_000)
+    parser.add_argument("--edges", type=int, default=6_000_000)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2048, help="triples of a rank in a step")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--method", choices=("metis", "hash"), default="hash")
+    parser.add_argument("--without-content", action="store_true")
+    parser.add_argument("--graph", type=Path, help="folder to keep the graph in")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as spare:
+        folder = options.graph or Path(spare)
+        facts = {} if schema.meta_path(folder).exists() else write(folder, options)
+        ranks = run_ranks(measure, options.ranks, folder, options, timeout_seconds=900)
+    slowest = max(rank["seconds"] for rank in ranks)
+    result = {
+        "command": "bench_sampler.py",
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "graph": facts,
+        "seeds_per_second": round(sum(rank["seeds"] for rank in ranks) / slowest),
+        "edges_per_second": round(sum(rank["edges"] for rank in ranks) / slowest),
+        # What a busy machine would do if it were idle.
+        "seeds_per_cpu_second": round(
+            sum(rank["seeds"] for rank in ranks) / sum(rank["cpu_seconds"] for rank in ranks)
+        ),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
