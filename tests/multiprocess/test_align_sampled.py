@@ -1,6 +1,7 @@
 """Sampled training on several ranks: full fanout is the full graph, ranks change nothing."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from alignrec.align.config import AlignConfig
 from alignrec.align.full_graph import FullGraphTrainer
 from alignrec.align.inputs import Inputs
 from alignrec.align.sampled import SampledTrainer
+from alignrec.align.training import Trainer
 from alignrec.artifacts import Draft
 from alignrec.distributed.process_group import Rank, process_group
 from alignrec.testing.datasets import write_dataset
@@ -39,50 +41,80 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"dataset": dataset, "features": features, "graph": graph}
 
 
-def train_full(folders: dict[str, Path], config: AlignConfig, epochs: int, out: Path) -> Any:
-    trainer = FullGraphTrainer(config, Inputs.open(folders), Rank())
-    losses = [
-        {name: float(term) for name, term in terms.items()}
-        for epoch in range(epochs)
-        for terms in trainer.steps(epoch, 0)
-    ]
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Training from one step to another.
+
+    Attributes:
+        out: name of the folder for the result.
+        first: step to continue at; the state comes from the checkpoint in the folder ``saved``.
+        last: one behind the last step.
+        save: whether to leave a checkpoint in the folder ``saved``.
+    """
+
+    out: str
+    config: AlignConfig
+    last: int
+    first: int = 0
+    save: bool = False
+
+
+def train(folders: dict[str, Path], root: Path, jobs: list[Job]) -> dict[str, Any]:
+    """Do the jobs on this rank and return the loss terms of each one's steps, and its metrics."""
+    with process_group(timeout_seconds=100) as rank:
+        return {job.out: train_one(folders, root, job, rank) for job in jobs}
+
+
+def train_one(folders: dict[str, Path], root: Path, job: Job, rank: Rank) -> Any:
+    out = root / job.out
+    out.mkdir(exist_ok=True)
+    inputs = Inputs.open(folders)
+    trainer: Trainer
+    if job.config.mode == "full":
+        trainer = FullGraphTrainer(job.config, inputs, rank)
+    else:
+        trainer = SampledTrainer(job.config, inputs, rank, work=out)
+    if job.first:
+        saved = checkpoint.latest(root / "saved")
+        assert saved is not None
+        assert trainer.restore(saved) == {"mark": 7}
+    losses = []
+    while (done := job.first + len(losses)) < job.last:
+        epoch, first = divmod(done, trainer.num_steps)
+        steps = itertools.islice(trainer.steps(epoch, first), job.last - done)
+        losses += [{name: float(term) for name, term in terms.items()} for terms in steps]
     metrics = trainer.evaluate()
     trainer.keep_best()
+    if job.save:
+        trainer.save(root / "saved", job.last, {"mark": 7})
     trainer.write_best(Draft(out))
     return losses, metrics
 
 
-def train_sampled(
-    folders: dict[str, Path],
-    config: AlignConfig,
-    steps: tuple[int, int],
-    out: Path,
-    checkpoints: Path,
-    save: bool = False,
-) -> Any:
-    """Take steps ``steps[0]`` .. ``steps[1] - 1`` and write the result, on this rank."""
-    with process_group(timeout_seconds=60) as rank:
-        out.mkdir(exist_ok=True)
-        trainer = SampledTrainer(config, Inputs.open(folders), rank, work=out)
-        if steps[0]:
-            saved = checkpoint.latest(checkpoints)
-            assert saved is not None
-            assert trainer.restore(saved) == {"mark": 7}
-        losses = []
-        done = steps[0]
-        while done < steps[1]:
-            epoch, first = divmod(done, trainer.num_steps)
-            for terms in trainer.steps(epoch, first):
-                losses.append({name: float(term) for name, term in terms.items()})
-                done += 1
-                if done == steps[1]:
-                    break
-        metrics = trainer.evaluate()
-        trainer.keep_best()
-        if save:
-            trainer.save(checkpoints, done, {"mark": 7})
-        trainer.write_best(Draft(out))
-        return losses, metrics
+@pytest.fixture(scope="module")
+def runs(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, list[Any]]]:
+    """Run everything with as few processes as possible; return results by folder and rank."""
+    root = tmp_path_factory.mktemp("runs")
+    alone = [Job("full", FULL, 3), Job("full_id", id_only(FULL), 3), Job("sampled1", SAMPLED, 7)]
+    resumed = {ranks: Job(f"resumed{ranks}", SAMPLED, 7, first=3) for ranks in (1, 2, 3)}
+    results = {}
+    for ranks in (2, 3, 1):
+        jobs = [Job(f"exact{ranks}", EXACT, 3), Job(f"exact_id{ranks}", id_only(EXACT), 3)]
+        if ranks == 2:
+            jobs += [Job("sampled2", SAMPLED, 7), Job("half", SAMPLED, 3, save=True)]
+        jobs.append(resumed[ranks])
+        if ranks == 1:
+            found = [train(folders, root, alone + jobs)]
+        else:
+            found = run_ranks(train, ranks, folders, root, jobs, timeout_seconds=300)
+        results |= {name: [result[name] for result in found] for name in found[0]}
+    return root, results
+
+
+def id_only(config: AlignConfig) -> AlignConfig:
+    return dataclasses.replace(config, content=False)
 
 
 def same_files(one: Path, other: Path, name: str, tolerance: float) -> None:
@@ -92,53 +124,47 @@ def same_files(one: Path, other: Path, name: str, tolerance: float) -> None:
         torch.testing.assert_close(value, second[key], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("content", [True, False], ids=["content", "id_only"])
-def test_full_fanout_on_1_2_and_3_ranks_is_full_graph_training(
-    folders: dict[str, Path], tmp_path: Path, content: bool
+def same_course(found: Any, wanted: Any) -> None:
+    """Compare loss terms step by step, and metrics."""
+    for mine, other in zip(found[0], wanted[0], strict=True):
+        assert mine == pytest.approx(other, abs=1e-5)
+    assert found[1] == pytest.approx(wanted[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["", "_id"])
+def test_full_fanout_on_any_number_of_ranks_is_full_graph_training(
+    runs: tuple[Path, dict[str, list[Any]]], ranks: int, kind: str
 ) -> None:
-    reference = tmp_path / "full"
-    reference.mkdir()
-    full = dataclasses.replace(FULL, content=content)
-    losses, metrics = train_full(folders, full, 3, reference)
-    exact = dataclasses.replace(EXACT, content=content)
-    for ranks in (1, 2, 3):
-        out = tmp_path / f"ranks{ranks}"
-        for found, found_metrics in run_ranks(
-            train_sampled, ranks, folders, exact, (0, 3), out, tmp_path / "none"
-        ):
-            for mine, wanted in zip(found, losses, strict=True):
-                assert mine == pytest.approx(wanted, abs=1e-5)
-            assert found_metrics == pytest.approx(metrics)
-        scores = [
-            (tables := load_file(folder / "embeddings.safetensors"))["user"] @ tables["item"].T
-            for folder in (out, reference)
-        ]
-        torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-5)
-        same_files(out, reference, "model.safetensors", 1e-5)
+    root, results = runs
+    found = results[f"exact{kind}{ranks}"]
+    assert len(found) == ranks
+    for result in found:
+        same_course(result, results[f"full{kind}"][0])
+    one, other = root / f"exact{kind}{ranks}", root / f"full{kind}"
+    tables = [load_file(folder / "embeddings.safetensors") for folder in (one, other)]
+    scores = [table["user"] @ table["item"].T for table in tables]
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-5)
+    same_files(one, other, "model.safetensors", 1e-5)
 
 
 def test_the_number_of_ranks_changes_neither_samples_nor_steps(
-    folders: dict[str, Path], tmp_path: Path
+    runs: tuple[Path, dict[str, list[Any]]],
 ) -> None:
-    alone = train_sampled(folders, SAMPLED, (0, 5), tmp_path / "1", tmp_path / "none")
-    for losses, metrics in run_ranks(
-        train_sampled, 2, folders, SAMPLED, (0, 5), tmp_path / "2", tmp_path / "none"
-    ):
-        for mine, wanted in zip(losses, alone[0], strict=True):
-            assert mine == pytest.approx(wanted, abs=1e-5)
-        assert metrics == pytest.approx(alone[1])
-    same_files(tmp_path / "1", tmp_path / "2", "model.safetensors", 1e-4)
+    root, results = runs
+    for result in results["sampled2"]:
+        same_course(result, results["sampled1"][0])
+    same_files(root / "sampled1", root / "sampled2", "model.safetensors", 1e-4)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_checkpoint_continues_bit_equal_on_as_many_ranks_and_on_any_other_number(
-    folders: dict[str, Path], tmp_path: Path
+    runs: tuple[Path, dict[str, list[Any]]], ranks: int
 ) -> None:
-    saved = tmp_path / "checkpoints"
-    run_ranks(train_sampled, 2, folders, SAMPLED, (0, 7), tmp_path / "whole", tmp_path / "none")
-    run_ranks(train_sampled, 2, folders, SAMPLED, (0, 3), tmp_path / "half", saved, True)
-    for ranks in (1, 2, 3):
-        out = tmp_path / f"resumed{ranks}"
-        run_ranks(train_sampled, ranks, folders, SAMPLED, (3, 7), out, saved)
-        same_files(out, tmp_path / "whole", "model.safetensors", 0 if ranks == 2 else 1e-4)
-        same_files(out, tmp_path / "whole", "embeddings.safetensors", 0 if ranks == 2 else 1e-4)
-    assert load_file(out / "embeddings.safetensors")["user"].isfinite().all()
+    root, results = runs
+    whole = results["sampled2"][0]
+    for result in results[f"resumed{ranks}"]:
+        same_course(result, (whole[0][3:], whole[1]))
+    for name in ("model.safetensors", "embeddings.safetensors"):
+        tolerance = 0 if ranks == 2 else 1e-4
+        same_files(root / f"resumed{ranks}", root / "sampled2", name, tolerance)
