@@ -8,6 +8,7 @@ is complete when its edges, weights and content features are there.
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
@@ -130,6 +131,8 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
     }
     print(json.dumps(result, indent=1))
 

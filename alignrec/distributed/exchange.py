@@ -19,8 +19,6 @@ from torch import Tensor
 from alignrec.distributed.process_group import Rank
 from alignrec.errors import StageFailure
 
-_ROLL_CALL_SECONDS = 10.0
-
 
 class Exchange:
     """All-to-all between the ranks of one process group.
@@ -31,10 +29,25 @@ class Exchange:
     Attributes:
         rank_index: this rank.
         world_size: number of ranks; with 1 nothing is sent and no process group is needed.
-        device: where tensors that travel must lie (the GPU with NCCL, else the CPU).
+        device: what tensors travel from (the GPU with NCCL, else the CPU); others are copied.
     """
 
-    def __init__(self, rank: Rank, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        group: dist.ProcessGroup | None = None,
+        *,
+        roll_call_seconds: float = 10.0,
+    ) -> None:
+        """Take part in the exchange; not collective.
+
+        Args:
+            rank: this rank.
+            group: of all ranks; the default one where it is None.
+            roll_call_seconds: after a broken connection, how long the others have to show that they
+                live; those that do not are named in the error.
+        """
+        self._roll_call_seconds = roll_call_seconds
         self.rank_index = rank.index
         self.world_size = rank.world_size
         self.device = torch.device("cpu")
@@ -80,12 +93,11 @@ class Exchange:
         """
         if self.world_size == 1:
             return rows
-        result = rows.new_empty((sum(taken), *rows.shape[1:]))
+        payload = rows.to(self.device).contiguous()
+        result = payload.new_empty((sum(taken), *rows.shape[1:]))
         with self._watching(f"exchanging {len(rows)} rows"):
-            dist.all_to_all_single(
-                result, rows.contiguous(), list(taken), list(sent), group=self._group
-            )
-        return result
+            dist.all_to_all_single(result, payload, list(taken), list(sent), group=self._group)
+        return result.to(rows.device)
 
     def sum(self, values: Shaped[Tensor, " n"]) -> Shaped[Tensor, " n"]:
         """Return the sums of the ranks' values, element by element."""
@@ -123,7 +135,7 @@ class Exchange:
             store.set(f"alignrec/alive/{self.rank_index}", "1")
         except (RuntimeError, dist.DistError):
             return "rank 0, which keeps the ranks' common store, does not answer"
-        limit = datetime.timedelta(seconds=_ROLL_CALL_SECONDS)
+        limit = datetime.timedelta(seconds=self._roll_call_seconds)
         missing = []
         for other in range(self.world_size):
             try:

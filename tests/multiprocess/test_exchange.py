@@ -82,7 +82,7 @@ def test_ranks_with_unequal_and_zero_counts() -> None:
 def lose_a_rank() -> str | None:
     """Rank 1 leaves, which closes its connections as its death would; the others go on."""
     with process_group(timeout_seconds=60) as rank:
-        exchange = Exchange(rank)
+        exchange = Exchange(rank, roll_call_seconds=3)
         ids = torch.arange(6)
         exchange.send(ids, ids % 3)
         if rank.index == 1:
