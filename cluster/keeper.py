@@ -25,12 +25,12 @@ def main() -> int:
     environment.prepare(loopback=True)
     from ray.cluster_utils import Cluster
 
-    stop = _StopRequest()
     cluster = Cluster(initialize_head=True, head_node_args=_head_arguments(options))
     try:
         for _ in range(options.hosts - 1):
             cluster.add_node(node_ip_address=HOST, **_node_arguments(options))
         cluster.wait_for_nodes()
+        stop = _StopRequest()  # after the nodes: their own handler would drain them for 20 s
         state.write(_describe(cluster, options))
         stop.wait()
     finally:
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 class _StopRequest:
-    """Remembers that SIGTERM or SIGINT came, also before anybody waits."""
+    """Remembers that SIGTERM or SIGINT came, also before anybody waited."""
 
     def __init__(self) -> None:
         self._come = False

@@ -86,10 +86,14 @@ def down() -> state.ClusterState | None:
     family = _family(record, keeper)
     if keeper is not None:
         keeper.terminate()
-    _, left = psutil.wait_procs(([keeper] if keeper else []), timeout=_STOP_SECONDS)
-    for process in [*left, *(p for p in family if p.is_running())]:
+        _wait_until_gone([keeper])
+    for process in filter(_lives, family):
         _kill(process)
-    psutil.wait_procs(family, timeout=_STOP_SECONDS)
+    left = _wait_until_gone(family)
+    if left:
+        raise StageFailure(
+            f"processes {[p.pid for p in left]} of the cluster do not end. Look at them with ps."
+        )
     state.forget()
     return record
 
@@ -171,6 +175,22 @@ def _family(record: state.ClusterState, keeper: psutil.Process | None) -> list[p
         except psutil.NoSuchProcess:
             continue
     return list(family.values())
+
+
+def _wait_until_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Wait for processes that are not our children; return those that still run."""
+    deadline = time.monotonic() + _STOP_SECONDS
+    while (left := [p for p in processes if _lives(p)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Tell whether a process still does something; where nobody reaps it, it stays as a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill(process: psutil.Process) -> None:
