@@ -51,11 +51,16 @@ def test_ranks_that_would_wait_for_ever_are_refused(ranks: int, config: ClusterC
 def test_ranks_use_their_cores_unless_told_otherwise() -> None:
     assert rank_variables(Share(3, 0), {}, run="demo") == {
         "OMP_NUM_THREADS": "3",
+        "OMP_WAIT_POLICY": "PASSIVE",
         "ALIGNREC_RUN": "demo",
         "DS_ACCELERATOR": "cpu",
     }
     told = rank_variables(Share(3, 1), {"OMP_NUM_THREADS": "1"}, run="demo")
-    assert told == {"OMP_NUM_THREADS": "1", "ALIGNREC_RUN": "demo"}
+    assert told == {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "ALIGNREC_RUN": "demo",
+    }
 
 
 def job(tmp_path: Path) -> RankJob:
