@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import webdataset
 import yaml
 
@@ -34,12 +33,9 @@ NUM_ITEMS = 150
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000,
-        log_to_driver=False,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+    section = {"source": "synthetic", "num_cpus": 2, "object_store_bytes": 100_000_000}
+    with engine.session(STAGE.load_config(section)):
+        yield
 
 
 @pytest.fixture(scope="module")
