@@ -118,12 +118,13 @@ class Engine:
         (deepspeed 0.19.8, zero/stage_1_and_2.py, _lazy_init_hp_params_optimizer_state).
         """
         groups = self._optimizer.param_groups
-        for group in groups:
-            for parameter in group["params"]:
-                state = self._optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        # ZeRO-3 puts its flat partitions into the groups only for the length of a step
+        partitions = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
+        for parameter in partitions or [p for group in groups for p in group["params"]]:
+            state = self._optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
         for parameter in self.model.parameters():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
