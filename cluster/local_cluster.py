@@ -188,7 +188,7 @@ def _wait_until_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
 def _lives(process: psutil.Process) -> bool:
     """Tell whether a process still does something; where nobody reaps it, it stays as a zombie."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

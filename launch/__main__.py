@@ -25,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Command = options.command
     codes: list[int] = []
-    failed = exit_code(lambda: codes.append(command(options)))
+    try:
+        failed = exit_code(lambda: codes.append(command(options)))
+    except BrokenPipeError:  # as with `| head`: nobody reads on, and the interpreter's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     if failed and getattr(options, "json", False):
         state = {1: "failed", 2: "mistake"}.get(failed, "interrupted")
         print(json.dumps({"state": state, "exit_code": failed}))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import logging
 import os
 import secrets
 import shlex
@@ -71,6 +72,7 @@ class Jobs:
         environment.prepare(loopback=True)
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.WARNING)  # no lines about the upload
         with self._explained():
             self._client: Any = JobSubmissionClient(self.address)
 

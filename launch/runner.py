@@ -206,7 +206,7 @@ def _is_resumable(output: Path, fingerprint: str) -> bool:
 
 
 def _ranks(step: Step) -> str:
-    return f" on {step.num_ranks} ranks" if step.num_ranks > 1 else ""
+    return f" ({step.num_ranks} ranks)" if step.num_ranks > 1 else ""
 
 
 def _ago(created: str) -> str:
