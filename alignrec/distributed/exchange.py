@@ -69,7 +69,9 @@ class Exchange:
         order = torch.argsort(owners, stable=True)
         sent = counts.tolist()
         taken = self.swap_counts(sent)
-        return Route(self, self.all_to_all(ids[order], sent, taken), order, sent, taken)
+        return Route(
+            self, self.all_to_all(ids.index_select(0, order), sent, taken), order, sent, taken
+        )
 
     def swap_counts(self, counts: Sequence[int]) -> list[int]:
         """Tell every rank one number and return the number that each of them told this one."""
@@ -199,14 +201,14 @@ class Route:
         wanted = _block_sums(starts + counts, self.sent)
         back = _inverse(self.order)
         picked = ragged_index(starts[back], counts[back])
-        lists = [self.exchange.all_to_all(value, sizes, wanted)[picked] for value in values]
-        return (counts[back], *lists)
+        arrived = [self.exchange.all_to_all(value, sizes, wanted) for value in values]
+        return (counts[back], *(value.index_select(0, picked) for value in arrived))
 
     def send_back(self, rows: Shaped[Tensor, " n *row"]) -> Shaped[Tensor, " m *row"]:
         """Send one row for each id to its owner, e.g. gradients; the result fits ``received``."""
         if self.order is None:
             return rows
-        return self.exchange.all_to_all(rows[self.order], self.sent, self.taken)
+        return self.exchange.all_to_all(rows.index_select(0, self.order), self.sent, self.taken)
 
     def _back(self, rows: Tensor) -> Tensor:
         if self.order is None:

@@ -200,8 +200,7 @@ def attach_extras(batch: HeteroData, extras: Extras, features: DistributedFeatur
     items = batch[ITEM]
     items.content_index = extras.content_index
     if extras.with_content:
-        wanted = items.n_id[extras.content_index]
-        items.content_x = features.get_tensor(group_name=ITEM, attr_name="x", index=wanted)
+        items.content_x = features.content(items.n_id[extras.content_index])
     return batch
 
 

@@ -324,8 +324,9 @@ def sample_lists(
         Number of edges from each list; their sources; their weights times n / k, so that a weighted
         sum over the sample is unbiased for the sum over the list.
     """
-    starts = neighbors.indptr[lists]
-    lengths = neighbors.indptr[lists + 1] - starts
+    # index_select gathers several times faster than indexing with [] on the CPU.
+    starts = neighbors.indptr.index_select(0, lists)
+    lengths = neighbors.indptr.index_select(0, lists + 1) - starts
     taken = torch.where((fanout >= 0) & (fanout < lengths), fanout, lengths)
     edges = ragged_index(starts, taken)
     scale = torch.ones(len(edges))
@@ -334,10 +335,11 @@ def sample_lists(
     for k in torch.unique(fanout[sampled]).tolist():
         rows = sampled[fanout[sampled] == k]
         chosen = choose_without_replacement(keys[rows], lengths[rows], k=k)  # (k, rows)
-        places = first[rows] + torch.arange(k)[:, None]
-        edges[places] = starts[rows] + chosen
-        scale[places] = (lengths[rows] / k).to(torch.float32).expand(k, -1)
-    return taken, neighbors.source[edges], neighbors.weight[edges] * scale
+        places = (first[rows] + torch.arange(k)[:, None]).ravel()
+        edges.scatter_(0, places, (starts[rows] + chosen).ravel())
+        scale.scatter_(0, places, (lengths[rows] / k).to(torch.float32).repeat(k))
+    source = neighbors.source.index_select(0, edges)
+    return taken, source, neighbors.weight.index_select(0, edges) * scale
 
 
 def choose_without_replacement(

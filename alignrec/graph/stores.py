@@ -91,13 +91,13 @@ class PartitionedGraph(GraphStore):  # type: ignore[misc]
 
     def owner_of(self, node_type: NodeType, ids: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
         """Return the rank that owns each node."""
-        partitions: Tensor = self._partition_of[node_type][ids]
-        ranks: Tensor = self._rank_of_partition[partitions.to(torch.int64)]
+        partitions = self._partition_of[node_type].index_select(0, ids)
+        ranks: Tensor = self._rank_of_partition.index_select(0, partitions.to(torch.int64))
         return ranks
 
     def local_rows(self, node_type: NodeType, ids: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
         """Return the local rows of nodes that this rank owns."""
-        return self._row_of[node_type][ids].to(torch.int64)
+        return self._row_of[node_type].index_select(0, ids).to(torch.int64)
 
     def features(self, rows: Int64[Tensor, " n"]) -> Shaped[Tensor, "n num_features"]:
         """Return the content features of this rank's items by local row, in the stored precision.
@@ -105,7 +105,7 @@ class PartitionedGraph(GraphStore):  # type: ignore[misc]
         Features stay in their files, which the operating system caches.
         """
         if len(self._features) == 1:
-            only: Tensor = self._features[0][rows]
+            only: Tensor = self._features[0].index_select(0, rows)
             return only
         result = torch.empty((len(rows), self.num_features), dtype=self._feature_dtype)
         first = 0
@@ -222,6 +222,13 @@ class DistributedFeatures(FeatureStore):  # type: ignore[misc]
             read,
         )
         return rows.float() if name == "x" else rows
+
+    def content(self, items: Int64[Tensor, " n"]) -> Float32[Tensor, "n num_features"]:
+        """Return the content features of distinct items; collective."""
+        graph: PartitionedGraph = self._graph
+        route = self._exchange.send(items, graph.owner_of(ITEM, items))
+        rows: Tensor = route.reply(graph.features(graph.local_rows(ITEM, route.received)))
+        return rows.float()
 
     def _get_tensor_size(self, attr: TensorAttr) -> tuple[int, ...]:
         size = (self._graph.num_nodes[attr.group_name],)

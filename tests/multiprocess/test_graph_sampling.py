@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from alignrec.data.schema import read_interactions
 from alignrec.distributed.exchange import Exchange
 from alignrec.distributed.process_group import Rank, new_group, process_group
 from alignrec.graph.loader import NodeBatchLoader, TripleLoader, TripleSettings, prefetch
 from alignrec.graph.schema import ITEM, USER
-from alignrec.graph.stores import PartitionedGraph
+from alignrec.graph.stores import DistributedFeatures, PartitionedGraph
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
 from alignrec.testing.processes import run_ranks
@@ -76,7 +77,16 @@ def collect_nodes(graph: Path, rank: Rank) -> dict[str, Any]:
     rows = [torch.empty(0, 4)]
     for batch in loader:
         rows.append(batch_propagation(batch, parameters).user_id[batch[USER].seed_index])
-    return {"wanted": wanted.numpy(), "rows": torch.cat(rows).numpy(), "steps": len(rows) - 1}
+    features = DistributedFeatures(store, exchange)
+    items = torch.tensor([5, 39, 5, 0] * rank.index, dtype=torch.int64)
+    return {
+        "wanted": wanted.numpy(),
+        "rows": torch.cat(rows).numpy(),
+        "steps": len(rows) - 1,
+        "items": items.numpy(),
+        "x": features.get_tensor(group_name=ITEM, attr_name="x", index=items).numpy(),
+        "degree": features.get_tensor(group_name=ITEM, attr_name="degree", index=items).numpy(),
+    }
 
 
 def run_all(graphs: dict[str, Path]) -> dict[str, dict[str, Any]]:
@@ -140,6 +150,20 @@ def test_ranks_bring_nodes_of_their_own(
         assert len(found["rows"]) == index
         assert found["steps"] == world_size - 1
         np.testing.assert_allclose(found["rows"], expected.user_id[found["wanted"]], atol=1e-6)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_features_are_found_wherever_they_lie(
+    inputs: dict[str, Path], ranks: Any, world_size: int
+) -> None:
+    rows = np.load(inputs["features"] / "features.npy")
+    degree = np.bincount(read_interactions(inputs["dataset"], "train")[1], minlength=NUM_ITEMS)
+    for index, rank in enumerate(ranks[world_size]):
+        found = rank["nodes"]
+        assert found["x"].shape == (4 * index, NUM_FEATURES)
+        np.testing.assert_array_equal(found["x"], rows[found["items"]])
+        np.testing.assert_array_equal(found["degree"], degree[found["items"]])
 
 
 @pytest.mark.multiprocess

@@ -10,10 +10,12 @@ import torch
 
 from alignrec import artifacts
 from alignrec.data.schema import read_interactions
+from alignrec.distributed.exchange import Exchange
 from alignrec.distributed.process_group import Rank
+from alignrec.errors import UserError
 from alignrec.graph import layout, schema
 from alignrec.graph.schema import EDGE_TYPES, ITEM, NODE_TYPES, RATES, REV_RATES, SIMILAR, USER
-from alignrec.graph.stores import PartitionedGraph
+from alignrec.graph.stores import DistributedFeatures, PartitionedGraph
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
 
@@ -131,3 +133,24 @@ def test_metis_cuts_fewer_edges_than_hash(tmp_path: Path) -> None:
         cut[method] = facts["edge_cut"]["user__rates__item"]
         assert facts["balance"]["item__rev_rates__user"] < 1.6
     assert cut["metis"] < 0.6 * cut["hash"]
+
+
+def test_stores_speak_pygs_interface(folders: Any) -> None:
+    dataset, _, graph = folders
+    store = PartitionedGraph.open(graph, Rank())
+    edges = all_edges(dataset, graph)
+    for attribute in store.get_all_edge_attrs():
+        source, target = store.get_edge_index(attribute)
+        found = set(zip(source.tolist(), target.tolist(), strict=True))
+        assert found == edges[attribute.edge_type]
+        with pytest.raises(RuntimeError, match="read-only"):
+            store.put_edge_index((source, target), attribute)
+    features = DistributedFeatures(store, Exchange(Rank()))
+    assert features.get_tensor_size(group_name=ITEM, attr_name="x") == (30, 12)
+    with pytest.raises(ValueError, match="by index"):
+        features.get_tensor(group_name=ITEM, attr_name="x", index=None)
+
+
+def test_missing_metadata_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"META\.json cannot be read"):
+        PartitionedGraph.open(tmp_path, Rank())
