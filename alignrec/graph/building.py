@@ -86,14 +86,20 @@ def read_inputs(dataset: Path, features: Path) -> Inputs:
     """
     counts = artifacts.read(dataset, "dataset").counts
     num_users, num_items = counts["num_users"], counts["num_items"]
-    rows = np.load(features / "features.npy", mmap_mode="r")
+    try:
+        rows = np.load(features / "features.npy", mmap_mode="r")
+        users, items = dataset_schema.read_interactions(dataset, "train")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"an input of the graph cannot be read: {error}. Run the stage that writes it again "
+            f"(features: {features}; interactions: {dataset})."
+        ) from error
     if rows.ndim != 2 or len(rows) != num_items:
         raise UserError(
             f"{features / 'features.npy'} has shape {rows.shape}, but the dataset {dataset} has "
             f"{num_items} items: rows would belong to other items. Run the features stage on this "
             f"dataset."
         )
-    users, items = dataset_schema.read_interactions(dataset, "train")
     if len(users) == 0:
         raise UserError(
             f"{dataset_schema.interactions_path(dataset, 'train')} has no interactions, so there "

@@ -71,6 +71,18 @@ def test_features_of_another_catalogue(inputs: dict[str, Path], tmp_path: Path) 
         write_graph(tmp_path / "graph", dataset=inputs["dataset"], features=features)
 
 
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+@pytest.mark.parametrize("name", ["features/features.npy", "dataset/interactions/train.parquet"])
+def test_unreadable_files(inputs: dict[str, Path], tmp_path: Path, name: str, damage: str) -> None:
+    path = tmp_path / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "torn":
+        path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        write_graph(tmp_path / "graph", **inputs)
+
+
 def test_no_training_interactions(inputs: dict[str, Path], tmp_path: Path) -> None:
     path = interactions_path(inputs["dataset"], "train")
     pq.write_table(INTERACTIONS.empty_table(), path)
