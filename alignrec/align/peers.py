@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from alignrec.distributed.exchange import Exchange
-from alignrec.distributed.process_group import Rank, all_reduce_sum
+from alignrec.distributed.process_group import Rank
 
 
 class Peers(Protocol):
@@ -76,7 +76,7 @@ class Ranks:
 
     def sum(self, value: Tensor) -> Tensor:
         """See ``Peers``."""
-        total = all_reduce_sum(value.detach().clone(), self.rank)
+        total = self.exchange.sum(value.detach())
         return value + (total - value.detach())
 
 

@@ -34,7 +34,7 @@ from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
 from alignrec.data.csr import CSR
 from alignrec.distributed.exchange import Exchange, gather_rows
-from alignrec.distributed.process_group import Rank, all_reduce_sum, barrier, new_group
+from alignrec.distributed.process_group import Rank, barrier, new_group
 from alignrec.graph.loader import TripleLoader, TripleSettings, prefetch
 from alignrec.graph.schema import ITEM, RATES, REV_RATES, SIMILAR, USER, EdgeType, NodeType
 from alignrec.graph.stores import PartitionedGraph
@@ -116,7 +116,7 @@ class SampledTrainer:
         row_file.write_rows(self._item_rows, ITEM, self._graph.owned[ITEM], item)
         barrier(self._rank)
         totals = self._validation.totals(user, row_file.read(self._item_rows, ITEM))
-        return metrics_from(all_reduce_sum(totals, self._rank))
+        return metrics_from(self._exchange.sum(totals))
 
     def keep_best(self) -> None:
         """See ``Trainer``."""
@@ -210,7 +210,7 @@ class SampledTrainer:
         gradients = [p.grad for p in self.gate.parameters() if p.grad is not None]
         if not gradients or self._rank.world_size == 1:
             return
-        flat = all_reduce_sum(torch.cat([g.ravel() for g in gradients]), self._rank)
+        flat = self._exchange.sum(torch.cat([g.ravel() for g in gradients]))
         for gradient, summed in zip(
             gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
         ):
@@ -224,7 +224,7 @@ class SampledTrainer:
         shares = torch.stack([term.detach() for term in terms.values()])
         if "reg" in terms:  # every rank has it in full
             shares[list(terms).index("reg")] /= self._rank.world_size
-        return dict(zip(terms, all_reduce_sum(shares, self._rank), strict=True))
+        return dict(zip(terms, self._exchange.sum(shares), strict=True))
 
 
 def represent(

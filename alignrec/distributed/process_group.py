@@ -92,9 +92,21 @@ def new_group(*, timeout_seconds: float = TIMEOUT_SECONDS) -> dist.ProcessGroup 
 
 
 def barrier(rank: Rank) -> None:
-    """Wait for every rank; does nothing for one rank."""
-    if rank.world_size > 1:
+    """Wait for every rank; does nothing for one rank.
+
+    Raises:
+        StageFailure: a peer died, or did not arrive before the group's timeout.
+    """
+    if rank.world_size == 1:
+        return
+    try:
         dist.barrier()
+    except (RuntimeError, dist.DistError) as error:
+        raise StageFailure(
+            f"rank {rank.index} of {rank.world_size} waited for its peers and lost one "
+            f"({str(error).splitlines()[0]}). Look for the rank that died or hangs in the logs of "
+            f"the others, then run the same command again: it resumes."
+        ) from error
 
 
 def all_reduce_sum(value: torch.Tensor, rank: Rank) -> torch.Tensor:
