@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from cluster import checkout, environment, state
 from cluster.config import ClusterConfig
 
 _OWN_HOST = "127.0.0.1"
+_LOOPBACKS = (_OWN_HOST, "localhost", "::1", "[::1]")
+_PROBE_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ def connected(config: ClusterConfig, *, num_ranks: int) -> Iterator[str]:
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     address = os.environ.get("RAY_ADDRESS")
     record = None if address else state.alive()
-    environment.prepare(loopback=not address)
+    environment.prepare(loopback=not address or _split(address)[0] in _LOOPBACKS)
     import ray
 
     if ray.is_initialized():
@@ -64,7 +67,9 @@ def connected(config: ClusterConfig, *, num_ranks: int) -> Iterator[str]:
         elif address and not in_job:
             package = stack.enter_context(checkout.packaged())
             options["runtime_env"] = {"working_dir": str(package)}
-        if address is None:
+        if address is not None:
+            _probe(address)
+        else:
             os.environ["PYTHONPATH"] = _python_path()
             options |= {
                 "num_cpus": max(num_ranks, len(os.sched_getaffinity(0))),
@@ -78,12 +83,32 @@ def connected(config: ClusterConfig, *, num_ranks: int) -> Iterator[str]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address is None:
                 raise StageFailure(f"Ray did not start on this machine: {_first(error)}") from error
-            raise UserError(
-                f"no Ray cluster answers at {address}: {_first(error)}. Start one (python -m "
-                f"cluster up), or correct or unset RAY_ADDRESS."
-            ) from error
+            raise _no_answer(address, error) from error
         stack.callback(ray.shutdown)
         yield f"Ray cluster at {address}" if address else "a Ray of its own on this machine"
+
+
+def _probe(address: str) -> None:
+    """Find out in seconds that nobody listens: Ray would go on trying for minutes."""
+    host, port = _split(address)
+    if port is None:
+        return  # "auto" and the like
+    try:
+        socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_answer(address, error) from error
+
+
+def _split(address: str) -> tuple[str, int | None]:
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    return (host, int(port)) if colon and port.isdigit() else (address, None)
+
+
+def _no_answer(address: str, error: Exception) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at {address}: {_first(error)}. Start one (python -m cluster up), "
+        f"or correct or unset RAY_ADDRESS."
+    )
 
 
 @contextlib.contextmanager

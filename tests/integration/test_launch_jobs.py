@@ -148,6 +148,10 @@ def test_mistakes_are_one_line(commands: Commands) -> None:
     assert unknown.stderr.count("\n") == 1
     wrong = commands("launch", "list", code=2, RAY_AUTH_TOKEN="0" * 64)
     assert "refused the token" in wrong.stderr
+    recipe, nowhere = str(commands.folder / "tiny.yaml"), f"127.0.0.1:{free_port()}"
+    run = str(commands.folder / "absent")
+    absent = commands("launch", "run", recipe, "--run-dir", run, code=2, RAY_ADDRESS=nowhere)
+    assert f"no Ray cluster answers at {nowhere}" in absent.stderr
     second = commands("cluster", "up", code=2)
     assert "a cluster is up already" in second.stderr
 
