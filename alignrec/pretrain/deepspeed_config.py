@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from alignrec.errors import UserError
 from alignrec.pretrain.config import PretrainConfig
 
 _NEVER = 10**9  # steps between DeepSpeed's own prints: telemetry reports instead
@@ -14,8 +15,13 @@ def deepspeed_settings(config: PretrainConfig, *, num_ranks: int) -> dict[str, A
     optimizer, because DeepSpeed's own CPU Adam is compiled when it is first used.
 
     Raises:
-        UserError: the global batch cannot be split over the ranks.
+        UserError: the global batch cannot be split over the ranks, or bf16 without ZeRO.
     """
+    if config.precision == "bf16" and config.zero_stage == 0:
+        raise UserError(
+            "pretrain.zero_stage=0 with pretrain.precision=bf16 would keep no fp32 copy of the "
+            "parameters, so small updates would be lost. Set pretrain.zero_stage to 1, 2 or 3."
+        )
     micro, accumulation = config.split_batch(num_ranks)
     settings: dict[str, Any] = {
         "train_batch_size": config.global_batch_size,

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-5
+SMALL_STD = 0.02
 POSITION_OFFSET = 2  # fairseq's first position index
 
 
@@ -167,7 +168,8 @@ class MultiwayEncoder(nn.Module):
             if parameter.ndim < 2 or "layer_norm" in name or "layernorm" in name:
                 continue
             if "embed_positions" in name:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+                # small beside the tokens: words are learned long before their places matter
+                nn.init.normal_(parameter, std=SMALL_STD)
             elif "self_attn" in name:
                 gain = 1.0 if "out_proj" in name else 1.0 / math.sqrt(2.0)
                 nn.init.xavier_uniform_(parameter, gain=gain)

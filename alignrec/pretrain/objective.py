@@ -24,6 +24,7 @@ from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import ObjectiveConfig
 from alignrec.pretrain.encoder import Encoder, patchify
 from alignrec.pretrain.masking import Masks
+from alignrec.pretrain.multiway import SMALL_STD
 
 # Means over masked tokens (even places) and masked patches (odd places) of the global batch.
 LOSSES = ("text", "image", "summary_text", "summary_image")
@@ -129,7 +130,7 @@ class MaskedModel(nn.Module):
         """Draw all parameters from torch's default generator."""
         self.encoder.reset_parameters()
         for head in (self.mlm_head, self.mim_head):
-            nn.init.normal_(head.weight, std=head.in_features**-0.5)
+            nn.init.normal_(head.weight, std=SMALL_STD)
             nn.init.zeros_(head.bias)
 
     def forward(self, batch: MaskedBatch) -> tuple[Float[Tensor, "4"], Predictions]:

@@ -190,17 +190,14 @@ def stop_and_resume(dataset: Path, folder: Path) -> None:
     with process_group(timeout_seconds=60) as rank, deepspeed_group():
         pretrain(dataset, folder / "whole", zero_stage=2)
         pretrain(dataset, folder / "whole_bf16", zero_stage=2, precision="bf16")
-        for name, first, second in [
-            ("same", 2, 2),
-            ("stage_3", 1, 3),
-            ("stage_0", 3, 0),
-        ]:
-            pretrain_until(dataset, folder / name, 3, zero_stage=first)
-            barrier(rank)
-            pretrain(dataset, folder / name, zero_stage=second)
         pretrain_until(dataset, folder / "bf16", 5, zero_stage=2, precision="bf16")
         barrier(rank)
         pretrain(dataset, folder / "bf16", zero_stage=2, precision="bf16")
+        # ZeRO-3 comes last: it replaces torch's linear function for the rest of the process
+        for name, first, second in [("same", 2, 2), ("stage_0", 1, 0), ("stage_3", 0, 3)]:
+            pretrain_until(dataset, folder / name, 3, zero_stage=first)
+            barrier(rank)
+            pretrain(dataset, folder / name, zero_stage=second)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
