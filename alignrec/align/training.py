@@ -134,6 +134,11 @@ def _make_trainer(config: AlignConfig, inputs: Inputs, rank: Rank, work: Path) -
 def _fit(
     config: AlignConfig, trainer: Trainer, checkpoints: Path, telemetry: Telemetry
 ) -> Position:
+    if trainer.num_triples == 0:
+        raise UserError(
+            "the dataset has no training interactions, so there is nothing to learn from. Prepare "
+            "the dataset with a log."
+        )
     position = _resume(trainer, checkpoints, telemetry)
     done = position.epoch * trainer.num_steps + position.step
     per_step = trainer.num_triples / trainer.num_steps
@@ -192,7 +197,8 @@ def _finish_epoch(
 def _note(position: Position) -> str:
     best = position.selection.metrics.get(SELECTION_METRIC)
     found = f", best valid {SELECTION_METRIC} {best:.4f}" if best is not None else ""
-    return f"epoch {position.epoch}, bpr {position.sums['bpr'] / position.step:.4f}{found}"
+    bpr = position.sums.get("bpr", 0.0) / position.step
+    return f"epoch {position.epoch}, bpr {bpr:.4f}{found}"
 
 
 def _describe(draft: Draft, inputs: Inputs, config: AlignConfig, position: Position) -> None:

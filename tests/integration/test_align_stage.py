@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
 from alignrec import artifacts
 from alignrec.align import ABLATION, STAGE
+from alignrec.data import schema
 from alignrec.errors import UserError
 from alignrec.stage import Context, Stage
 from alignrec.telemetry import read_history
@@ -179,6 +182,16 @@ def test_artifacts_that_do_not_belong_together_are_refused(
     few = write_features(tmp_path / "features", num_items=NUM_ITEMS - 1)
     with pytest.raises(UserError, match="rows would belong to other items"):
         run_stage(STAGE, {**folders, "features": few}, tmp_path / "align", SETTINGS)
+
+
+def test_a_dataset_without_training_interactions_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    dataset = shutil.copytree(folders["dataset"], tmp_path / "dataset")
+    train = schema.interactions_path(dataset, "train")
+    pq.write_table(schema.INTERACTIONS.empty_table(), train)
+    with pytest.raises(UserError, match="no training interactions"):
+        run_stage(STAGE, {**folders, "dataset": dataset}, tmp_path / "align", SETTINGS)
 
 
 def test_features_that_are_not_finite_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
