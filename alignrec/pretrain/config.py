@@ -100,6 +100,9 @@ class TokenizerConfig:
     vocabulary_size: int = option(
         4096, "tokens of a trained tokenizer, at most (a smaller catalogue has fewer)", minimum=300
     )
+    initial_vectors: Literal["texts", "random"] = option(
+        "texts", "token embeddings start from which tokens share texts, or at random"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

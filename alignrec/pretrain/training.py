@@ -29,6 +29,7 @@ from alignrec.pretrain.objective import (
 )
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import TOKENIZER, Words, load_words, write_tokenizer
+from alignrec.pretrain.word_vectors import VECTORS, read_word_vectors, write_word_vectors
 from alignrec.stage import Context
 from alignrec.telemetry import HISTORY, Telemetry
 
@@ -63,6 +64,16 @@ def _open_draft(config: PretrainConfig, context: Context, rank: Rank) -> artifac
             written = draft.work / TOKENIZER
             write_tokenizer(context.inputs["dataset"], config.tokenizer, written)
             written.replace(draft.path / TOKENIZER)
+        if config.tokenizer.initial_vectors == "texts" and not (draft.work / VECTORS).exists():
+            words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
+            width = config.encoder.architecture(words.vocabulary_size).width
+            write_word_vectors(
+                context.inputs["dataset"],
+                words,
+                draft.work / VECTORS,
+                width=width,
+                seed=config.seed,
+            )
     barrier(rank)
     return artifacts.Draft(artifacts.partial_path(context.output))
 
@@ -103,6 +114,9 @@ class Trainer:
         found = checkpoint.latest(self.checkpoints)
         barrier(self.rank)
         state = _load_state(found) if found else {}
+        if not found and config.tokenizer.initial_vectors == "texts":
+            vectors = read_word_vectors(self.checkpoints.with_name(VECTORS))
+            model.encoder.text_embed.weight.data.copy_(vectors)
         if found:
             self.step = found.step
             model.load_state_dict({n: t for n, t in state.items() if "/" not in n})

@@ -1,0 +1,114 @@
+"""Token embeddings to start from: which tokens share texts (tokenizer -> training).
+
+A transformer that starts from random token embeddings needs many steps to find out that two words
+belong together; the counts say it at once. So embeddings start as the leading factors of the
+positive pointwise mutual information of tokens within texts (Levy & Goldberg 2014), as long as no
+pretrained weights are given.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignrec.data.schema import read_items
+from alignrec.pretrain.tokenizer import Words
+
+Floats = npt.NDArray[np.float32]
+
+VECTORS = "word_vectors.safetensors"
+_MAX_TEXTS = 200_000  # more do not change which tokens belong together
+
+_ITERATIONS = 8
+_SPARE_COLUMNS = 16
+
+
+def write_word_vectors(dataset: Path, words: Words, target: Path, *, width: int, seed: int) -> None:
+    """Write the vectors of a dataset's texts by rename (rank 0 calls it)."""
+    texts = _token_ids(dataset, words)
+    vectors = word_vectors(texts, vocabulary_size=words.vocabulary_size, width=width, seed=seed)
+    spare = target.with_suffix(".writing")
+    save_file({"vectors": torch.from_numpy(vectors)}, spare)
+    spare.replace(target)
+
+
+def read_word_vectors(path: Path) -> Float[Tensor, "vocabulary width"]:
+    """Read what ``write_word_vectors`` wrote."""
+    return load_file(path)["vectors"]
+
+
+def _token_ids(dataset: Path, words: Words) -> Iterator[list[int]]:
+    """Yield the token ids of the texts, of every n-th where there are very many."""
+    column = read_items(dataset, ["text"])["text"]
+    stride = -(-max(len(column), 1) // _MAX_TEXTS)
+    for row in range(0, len(column), stride):
+        yield words(column[row].as_py())
+
+
+def word_vectors(
+    texts: Iterable[list[int]], *, vocabulary_size: int, width: int, seed: int
+) -> Floats:
+    """Return one vector of length about 1 per token: (vocabulary_size, width).
+
+    Args:
+        texts: token ids of each text; a token counts once per text.
+        vocabulary_size: one past the largest id.
+        width: columns; beyond the rank of the counts they are random.
+        seed: of the vectors of tokens without a companion, and of the iteration's start.
+    """
+    rng = np.random.default_rng([seed, vocabulary_size, width])
+    random = rng.normal(scale=width**-0.5, size=(vocabulary_size, width))
+    information = _positive_information(_counts(texts, vocabulary_size))
+    factors = _leading_factors(information, min(width, vocabulary_size), rng)
+    vectors = np.zeros_like(random)
+    vectors[:, : factors.shape[1]] = factors
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    known = length > 1e-6 * max(float(length.max()), 1e-30)
+    # A turn spreads the few strong factors over all columns, as a random start would.
+    turn, _ = np.linalg.qr(rng.normal(size=(width, width)))
+    turned = np.divide(vectors, length, out=np.zeros_like(vectors), where=known) @ turn
+    return np.where(known, turned, random).astype(np.float32)
+
+
+def _counts(texts: Iterable[list[int]], vocabulary_size: int) -> sp.csr_array:
+    """Return how many texts each pair of tokens shares; the diagonal says how many each has."""
+    columns = [np.unique(np.asarray(text, dtype=np.int64)) for text in texts]
+    lengths = [len(c) for c in columns]
+    indices = np.concatenate([np.zeros(0, dtype=np.int64), *columns])
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    shape = (len(columns), vocabulary_size)
+    present = sp.csr_array((np.ones(len(indices)), indices, starts), shape=shape)
+    return sp.csr_array(present.T @ present)
+
+
+def _positive_information(counts: sp.csr_array) -> sp.csr_array:
+    """Return max(0, log p(a, b) / (p(a) p(b))) of pairs, from counts of shared texts."""
+    pairs = sp.coo_array(counts)
+    apart = pairs.row != pairs.col
+    row, col, value = pairs.row[apart], pairs.col[apart], pairs.data[apart]
+    mass = np.bincount(row, weights=value, minlength=counts.shape[0])
+    information = np.log(value * value.sum() / (mass[row] * mass[col])) if len(value) else value
+    kept = information > 0
+    return sp.csr_array((information[kept], (row[kept], col[kept])), shape=counts.shape)
+
+
+def _leading_factors(
+    matrix: sp.csr_array, rank: int, rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Return U sqrt(S) of a symmetric matrix by subspace iteration (Halko et al. 2011)."""
+    columns = min(rank + _SPARE_COLUMNS, matrix.shape[0])
+    basis = np.linalg.qr(rng.normal(size=(matrix.shape[0], columns)))[0]
+    for _ in range(_ITERATIONS):
+        basis = np.linalg.qr(matrix @ basis)[0]
+    strength, turn = np.linalg.eigh(basis.T @ (matrix @ basis))
+    order = np.argsort(-strength)[:rank]
+    factors: npt.NDArray[np.float64] = (basis @ turn[:, order]) * np.sqrt(
+        np.maximum(strength[order], 0.0)
+    )
+    return factors
