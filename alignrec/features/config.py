@@ -6,6 +6,7 @@ from typing import Literal
 
 from alignrec import configuration
 from alignrec.configuration import option
+from alignrec.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,13 @@ class ExtractionConfig:
         "cls", "cls: the CLS state (the paper's); mean: patch mean beside token mean"
     )
     center: bool = option(True, "subtract the column means over all items with content")
+    whiten: float = option(
+        0.0,
+        "0: as the encoder gives them; 1: decorrelated, the same variance in each direction; "
+        "between: variances to the power 1 - whiten",
+        minimum=0.0,
+        maximum=1.0,
+    )
     normalise: bool = option(True, "scale rows to length 1")
     hide: Literal["nothing", "image", "text"] = option(
         "nothing", "modality that hide_fraction of the items lose, to measure what it is worth"
@@ -33,6 +41,18 @@ class ExtractionConfig:
         0.5, "share of items that lose the modality named by hide", minimum=0, maximum=1
     )
     hide_seed: int = option(0, "of the permutation whose first items lose it", minimum=0)
+
+    def __post_init__(self) -> None:
+        """Refuse a setting that another one makes wrong.
+
+        Raises:
+            UserError: whitening rows that are not centred.
+        """
+        if self.whiten and not self.center:
+            raise UserError(
+                f"features.extraction.whiten={self.whiten} needs centred rows: their mean would "
+                f"pass for the main direction. Set center: true, or whiten: 0."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

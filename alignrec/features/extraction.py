@@ -218,12 +218,15 @@ class _Worker:
 def _write_final(
     files: _WorkFiles, mask: npt.NDArray[np.bool_], config: FeaturesConfig, folder: Path
 ) -> None:
-    """Centre and scale the raw rows into the artifact."""
+    """Centre, whiten and scale the raw rows into the artifact."""
     raw: rows.Matrix = np.load(files.raw, mmap_mode="r")
     present: npt.NDArray[np.bool_] = np.logical_or(mask[:, 0], mask[:, 1])
-    means = rows.column_means(raw, present) if config.extraction.center else 0.0
+    chosen = config.extraction
+    means = rows.column_means(raw, present) if chosen.center else np.zeros(raw.shape[1])
+    turn = rows.whitening(raw, present, means, strength=chosen.whiten) if chosen.whiten else None
     features = rows.create(folder / rows.FEATURES, files.shape, config.dtype)
     for block in rows.blocks(len(raw)):
-        part = ((raw[block] - means) * present[block, None]).astype(np.float32)
-        features[block] = rows.unit_rows(part) if config.extraction.normalise else part
+        part = (raw[block] - means) * present[block, None]
+        part = (part if turn is None else part @ turn).astype(np.float32)
+        features[block] = rows.unit_rows(part) if chosen.normalise else part
     np.save(folder / rows.MASK, mask)

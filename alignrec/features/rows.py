@@ -14,6 +14,7 @@ Matrix = npt.NDArray[Any]
 FEATURES = "features.npy"
 MASK = "mask.npy"
 BLOCK_ROWS = 4096
+_NOISE_SHARE = 1e-6  # of the largest variance; rows are single precision
 
 
 def create(path: Path, shape: tuple[int, int], dtype: str) -> Matrix:
@@ -34,6 +35,35 @@ def column_means(matrix: Matrix, present: npt.NDArray[np.bool_]) -> npt.NDArray[
     for block in blocks(len(matrix)):
         total += matrix[block][present[block]].astype(np.float64).sum(axis=0)
     return total / max(1, int(present.sum()))
+
+
+def whitening(
+    matrix: Matrix,
+    present: npt.NDArray[np.bool_],
+    means: npt.NDArray[np.float64],
+    *,
+    strength: float,
+) -> npt.NDArray[np.float64]:
+    """Return the (dim, dim) matrix that evens out the variances of centred rows.
+
+    With the covariance V diag(s^2) V^T it is V diag(s^-strength) V^T (ZCA; Su et al. 2021 use 1 on
+    sentence vectors). Directions of next to no variance are dropped: they are rounding noise.
+
+    Args:
+        matrix: (rows, dim).
+        present: rows that count.
+        means: column means of those rows.
+        strength: 0 changes nothing, 1 gives every direction the same variance.
+    """
+    dim = matrix.shape[1]
+    total = np.zeros((dim, dim))
+    for block in blocks(len(matrix)):
+        rows = matrix[block][present[block]].astype(np.float64) - means
+        total += rows.T @ rows
+    variances, directions = np.linalg.eigh(total / max(1, int(present.sum())))
+    kept = variances > _NOISE_SHARE * max(float(variances[-1]), 1e-30)
+    deviations = np.sqrt(np.where(kept, variances, 1.0))
+    return (directions * np.where(kept, deviations**-strength, 0.0)) @ directions.T
 
 
 def unit_rows(rows: Floats) -> Floats:
