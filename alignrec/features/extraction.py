@@ -226,7 +226,7 @@ def _write_final(
     turn = rows.whitening(raw, present, means, strength=chosen.whiten) if chosen.whiten else None
     features = rows.create(folder / rows.FEATURES, files.shape, config.dtype)
     for block in rows.blocks(len(raw)):
-        part = (raw[block] - means) * present[block, None]
-        part = (part if turn is None else part @ turn).astype(np.float32)
+        centred = (raw[block] - means) * present[block, None]
+        part: rows.Floats = (centred if turn is None else centred @ turn).astype(np.float32)
         features[block] = rows.unit_rows(part) if chosen.normalise else part
     np.save(folder / rows.MASK, mask)

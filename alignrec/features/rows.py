@@ -63,7 +63,9 @@ def whitening(
     variances, directions = np.linalg.eigh(total / max(1, int(present.sum())))
     kept = variances > _NOISE_SHARE * max(float(variances[-1]), 1e-30)
     deviations = np.sqrt(np.where(kept, variances, 1.0))
-    return (directions * np.where(kept, deviations**-strength, 0.0)) @ directions.T
+    factors = np.where(kept, deviations**-strength, 0.0)
+    turn: npt.NDArray[np.float64] = (directions * factors) @ directions.T
+    return turn
 
 
 def unit_rows(rows: Floats) -> Floats:

@@ -40,7 +40,7 @@ def test_half_whitening_takes_the_root_of_the_deviations(matrix: rows.Matrix) ->
 
 def test_whitening_needs_centring() -> None:
     section = {"extraction": {"whiten": 0.5, "center": False}}
-    with pytest.raises(UserError, match="whiten=0.5 needs centred rows"):
+    with pytest.raises(UserError, match=r"whiten=0\.5 needs centred rows"):
         configuration.build(FeaturesConfig, section, section="features")
 
 
