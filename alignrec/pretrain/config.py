@@ -81,11 +81,11 @@ class ObjectiveConfig:
     normalise_patches: bool = option(
         False, "predict each patch's pixels less its mean, over its deviation (as MAE does)"
     )
-    image_weight: float = option(1.0, "weight of the picture loss beside the text loss", minimum=0)
+    image_weight: float = option(0.3, "weight of the picture loss beside the text loss", minimum=0)
     summary_weight: float = option(
         1.0,
-        "weight of predicting the masked tokens and patches a second time, from the CLS state "
-        "alone, which makes CLS a summary of the item; 0: BEiT-3's objective",
+        "weight of telling the words and the masked patches from the CLS state alone, which makes "
+        "CLS a summary of the item; 0: BEiT-3's objective",
         minimum=0,
     )
 

@@ -6,10 +6,9 @@
 Both means run over the whole global batch. A rank returns sums; the trainer divides them by the
 global counts, so that ranks and micro batches of unequal size give the loss of one big batch.
 
-In BEiT-3 nothing pulls on the CLS state, though AlignRec takes it for the item's feature. So the
-same tokens and patches are predicted a second time from CLS alone (an idea of RetroMAE, Xiao et al.
-2022): the bag of masked words, and each masked patch by its position. ``summary_weight: 0`` is
-BEiT-3's objective.
+In BEiT-3 nothing pulls on the CLS state, though AlignRec takes it for the item's feature. So CLS
+alone has to tell, too, which words the text has, and the masked patches by their positions (an idea
+of RetroMAE, Xiao et al. 2022). ``summary_weight: 0`` is BEiT-3's objective.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from alignrec.pretrain.encoder import Encoder, patchify
 from alignrec.pretrain.masking import Masks
 from alignrec.pretrain.multiway import SMALL_STD
 
-# Means over masked tokens (even places) and masked patches (odd places) of the global batch.
+# Means over masked tokens, masked patches, all tokens and masked patches of the global batch.
 LOSSES = ("text", "image", "summary_text", "summary_image")
 _TINY_VARIANCE = 1e-6
 
@@ -74,9 +73,10 @@ class MaskedBatch:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return MaskedBatch(**{name: t.to(device, non_blocking=True) for name, t in fields.items()})
 
-    def counts(self) -> Float[Tensor, "2"]:
-        """Return the numbers of masked tokens and masked patches."""
-        return torch.stack([self.masked_text.sum(), self.masked_patches.sum()]).double()
+    def counts(self) -> Float[Tensor, "4"]:
+        """Return over how many positions each of ``LOSSES`` is a sum."""
+        words, patches = self.masked_text.sum(), self.masked_patches.sum()
+        return torch.stack([words, patches, (~self.text_padding).sum(), patches]).double()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +151,10 @@ class MaskedModel(nn.Module):
             sums += [torch.zeros_like(sums[0])] * 2
         else:
             for_text, for_patches = self.summary(streams.vision[:, 0], batch.masked_patches)
-            rows = batch.masked_text.nonzero()[:, 0]
             log_shares = self.mlm_head(for_text).float().log_softmax(dim=1)  # (batch, vocabulary)
+            told = log_shares.gather(1, batch.targets)  # (batch, length)
             sums += [
-                -log_shares[rows, words].sum(),
+                -told.masked_fill(batch.text_padding, 0.0).sum(),
                 squared_error(self.mim_head(for_patches).float(), pixels),
             ]
         return torch.stack(sums), predictions

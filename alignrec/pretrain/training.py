@@ -171,8 +171,8 @@ class Trainer:
     def _one_step(self, batches: list[MaskedBatch]) -> dict[str, float]:
         """Move the parameters once by the gradient of the loss over the global batch."""
         counts = torch.stack([batch.counts() for batch in batches]).sum(dim=0)
-        num_words, num_patches = all_reduce_sum(counts, self.rank).clamp(min=1.0).tolist()
-        scale = torch.tensor([1.0 / num_words, 1.0 / num_patches] * 2)
+        counts = all_reduce_sum(counts.to(self.rank.device), self.rank).clamp(min=1.0).cpu()
+        scale = counts.reciprocal().float()
         weights = (loss_weights(self.config.objective) * scale).to(self.rank.device)
         rate = learning_rate(self.config, step=self.step, num_steps=self.num_steps)
         # the losses of LOSSES, right predictions, items
@@ -200,7 +200,7 @@ class Trainer:
                 for m, w in zip(means, loss_weights(self.config.objective), strict=True)
             ),
             **{f"loss/{name}": mean for name, mean in zip(LOSSES, means, strict=True)},
-            "text_accuracy": hits_sum / num_words,
+            "text_accuracy": hits_sum / float(counts[0]),
             "learning_rate": rate,
             "epoch": self.step / self.data.plan.steps_per_epoch,
             "num_items": num_items,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignrec import checkpoint, configuration
+from alignrec import configuration
 from alignrec.distributed.process_group import barrier, process_group
 from alignrec.errors import StageFailure
 from alignrec.pretrain import STAGE, training
@@ -27,6 +27,7 @@ from alignrec.testing.processes import run_ranks
 pytestmark = pytest.mark.multiprocess
 
 NUM_STEPS = 6
+NOT_A_NUMBER = r"not a number at step \d+ \(among item_index \d+.*learning_rate"
 # The last batch of an epoch is short, so the second rank's last micro batch is empty.
 SETTINGS: dict[str, Any] = {
     "seed": 3,
@@ -40,6 +41,7 @@ SETTINGS: dict[str, Any] = {
         "max_text_tokens": 20,
     },
     "tokenizer": {"vocabulary_size": 320},
+    "objective": {"image_weight": 0.5, "summary_weight": 0.8},
     "max_steps": NUM_STEPS,
     "epochs": 3,
     "valid_fraction": 0.1,
@@ -100,15 +102,55 @@ class _VanishedError(Exception):
 
 
 @pytest.fixture(scope="module")
-def plain(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on one rank, ZeRO-0, whole batches: what the others are compared with."""
-    output = tmp_path_factory.mktemp("plain") / "encoder"
-    run_ranks(pretrain_plainly, 1, dataset, output)
-    return output
+def folder(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs that the tests compare: processes are started as seldom as possible."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(on_one_rank, 1, dataset, folder)
+    run_ranks(on_two_ranks, 2, dataset, folder, timeout_seconds=300)
+    run_ranks(on_one_rank_again, 1, dataset, folder)
+    return folder
 
 
-def pretrain_plainly(dataset: Path, output: Path) -> None:
-    pretrain(dataset, output, zero_stage=0, micro_batch_size=8)
+def on_one_rank(dataset: Path, folder: Path) -> None:
+    """Write "plain": ZeRO-0, whole batches; and stop "one_to_two" in the middle."""
+    with process_group() as _, deepspeed_group():
+        pretrain(dataset, folder / "plain", zero_stage=0, micro_batch_size=8)
+        pretrain_until(dataset, folder / "one_to_two", 3)
+
+
+def on_two_ranks(dataset: Path, folder: Path) -> None:
+    # ZeRO-3 comes last: it replaces torch's linear function for the rest of the process.
+    with process_group(timeout_seconds=60) as rank, deepspeed_group():
+        with pytest.raises(StageFailure, match=NOT_A_NUMBER):
+            pretrain(dataset, folder / "nan", learning_rate=1e30, max_gradient_norm=0.0)
+        pretrain_until(dataset, folder / "two_to_one", 3)
+        pretrain(dataset, folder / "one_to_two")
+        pretrain(dataset, folder / "bf16", precision="bf16")
+        pretrain_until(dataset, folder / "bf16_resumed", 5, precision="bf16")
+        barrier(rank)
+        pretrain(dataset, folder / "bf16_resumed", precision="bf16")
+        for stage in (0, 1, 2, 3):
+            pretrain(dataset, folder / f"stage_{stage}", zero_stage=stage)
+            pretrain_until(dataset, folder / f"resumed_{stage}", 3, zero_stage=stage)
+            barrier(rank)
+            pretrain(dataset, folder / f"resumed_{stage}", zero_stage=stage)
+        for stage in (0, 1, 2, 3):
+            pretrain_until(dataset, folder / f"changed_{stage}", 3, zero_stage=(stage + 3) % 4)
+            barrier(rank)
+            pretrain(dataset, folder / f"changed_{stage}", zero_stage=stage)
+
+
+def on_one_rank_again(dataset: Path, folder: Path) -> None:
+    with process_group() as _, deepspeed_group():
+        pretrain(dataset, folder / "two_to_one")
+
+
+def assert_close_to_plain(folder: Path, name: str) -> None:
+    """Losses agree to rounding; in weights, Adam divides tiny gradients by their own size."""
+    assert losses(folder / name) == pytest.approx(losses(folder / "plain"), abs=5e-6)
+    reference = weights(folder / "plain")
+    for parameter, tensor in weights(folder / name).items():
+        torch.testing.assert_close(tensor, reference[parameter], rtol=0, atol=2e-4)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -121,7 +163,8 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def test_the_plain_run_is_torch_adamw_on_the_global_batches(dataset: Path, plain: Path) -> None:
+def test_the_plain_run_is_torch_adamw_on_the_global_batches(dataset: Path, folder: Path) -> None:
+    plain = folder / "plain"
     config = make_config(micro_batch_size=8)
     words = load_words(plain / TOKENIZER, max_length=20)
     data = open_training_data(dataset, config, words, num_ranks=1)
@@ -136,9 +179,9 @@ def test_the_plain_run_is_torch_adamw_on_the_global_batches(dataset: Path, plain
     expected = []
     for step in range(NUM_STEPS):
         batch = data.training_batch(data.plan.global_batch(step))
-        num_words, num_patches = batch.counts().tolist()
         sums, _ = model(batch)
-        loss = (sums * torch.tensor([1 / num_words, 1 / num_patches] * 2)).sum()
+        weights_by_loss = torch.tensor([1.0, 0.5, 0.8, 0.4]) / batch.counts().float()
+        loss = (sums * weights_by_loss).sum()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step=step, num_steps=NUM_STEPS)
         optimizer.zero_grad()
@@ -148,92 +191,44 @@ def test_the_plain_run_is_torch_adamw_on_the_global_batches(dataset: Path, plain
         expected.append(loss.item())
     assert losses(plain) == pytest.approx(expected, abs=2e-6)
     for name, tensor in weights(plain).items():
-        torch.testing.assert_close(tensor, model.encoder.state_dict()[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(tensor, model.encoder.state_dict()[name], rtol=0, atol=2e-4)
 
 
-def test_each_zero_stage_on_two_ranks_follows_the_plain_run(
-    dataset: Path, plain: Path, tmp_path: Path
-) -> None:
-    run_ranks(pretrain_with_each_stage, 2, dataset, tmp_path)
-    reference = weights(plain)
-    for stage in (0, 1, 2, 3):
-        output = tmp_path / str(stage)
-        assert losses(output) == pytest.approx(losses(plain), abs=5e-6)
-        for name, tensor in weights(output).items():
-            torch.testing.assert_close(tensor, reference[name], rtol=0, atol=5e-5)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_zero_stage_on_two_ranks_follows_the_plain_run(folder: Path, stage: int) -> None:
+    assert_close_to_plain(folder, f"stage_{stage}")
 
 
-def pretrain_with_each_stage(dataset: Path, folder: Path) -> None:
-    with process_group(timeout_seconds=60), deepspeed_group():
-        for stage in (0, 1, 2, 3):
-            pretrain(dataset, folder / str(stage), zero_stage=stage)
+@pytest.mark.parametrize(
+    ("resumed", "whole"),
+    [
+        ("resumed_0", "stage_0"),
+        ("resumed_1", "stage_1"),
+        ("resumed_2", "stage_2"),
+        ("resumed_3", "stage_3"),
+        ("bf16_resumed", "bf16"),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, resumed: str, whole: str) -> None:
+    assert losses(folder / resumed) == losses(folder / whole)
+    reference = weights(folder / whole)
+    for name, tensor in weights(folder / resumed).items():
+        assert torch.equal(tensor, reference[name]), name
 
 
-def pretrain_with_stage(dataset: Path, output: Path, stage: int) -> None:
-    pretrain(dataset, output, zero_stage=stage)
+@pytest.mark.parametrize("name", [f"changed_{stage}" for stage in range(4)])
+def test_a_run_goes_on_under_another_zero_stage(folder: Path, name: str) -> None:
+    assert_close_to_plain(folder, name)
 
 
-def test_a_stopped_run_goes_on_as_if_never_stopped(dataset: Path, tmp_path: Path) -> None:
-    run_ranks(stop_and_resume, 2, dataset, tmp_path)
-    whole = weights(tmp_path / "whole")
-    for name, tensor in weights(tmp_path / "same").items():
-        assert torch.equal(tensor, whole[name]), name  # bit for bit
-    assert losses(tmp_path / "same") == losses(tmp_path / "whole")
-    for other in ("stage_3", "stage_0", "bf16"):
-        twin = whole if other != "bf16" else weights(tmp_path / "whole_bf16")
-        limit = 5e-5 if other != "bf16" else 0.0
-        for name, tensor in weights(tmp_path / other).items():
-            torch.testing.assert_close(tensor, twin[name], rtol=0, atol=limit)
+@pytest.mark.parametrize("name", ["one_to_two", "two_to_one"])
+def test_a_run_goes_on_with_another_number_of_ranks(folder: Path, name: str) -> None:
+    assert_close_to_plain(folder, name)
 
 
-def stop_and_resume(dataset: Path, folder: Path) -> None:
-    with process_group(timeout_seconds=60) as rank, deepspeed_group():
-        pretrain(dataset, folder / "whole", zero_stage=2)
-        pretrain(dataset, folder / "whole_bf16", zero_stage=2, precision="bf16")
-        pretrain_until(dataset, folder / "bf16", 5, zero_stage=2, precision="bf16")
-        barrier(rank)
-        pretrain(dataset, folder / "bf16", zero_stage=2, precision="bf16")
-        # ZeRO-3 comes last: it replaces torch's linear function for the rest of the process
-        for name, first, second in [("same", 2, 2), ("stage_0", 1, 0), ("stage_3", 0, 3)]:
-            pretrain_until(dataset, folder / name, 3, zero_stage=first)
-            barrier(rank)
-            pretrain(dataset, folder / name, zero_stage=second)
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(
-    dataset: Path, plain: Path, tmp_path: Path, before: int, after: int
-) -> None:
-    output = tmp_path / "encoder"
-    run_ranks(pretrain_three_steps, before, dataset, output)
-    found = checkpoint.latest(output.with_name("encoder.partial") / "work" / training.CHECKPOINTS)
-    assert found is not None
-    assert (found.step, found.world_size) == (2, before)
-    run_ranks(pretrain_with_stage, after, dataset, output, 2)
-    assert losses(output) == pytest.approx(losses(plain), abs=5e-6)
-    reference = weights(plain)
-    for name, tensor in weights(output).items():
-        torch.testing.assert_close(tensor, reference[name], rtol=0, atol=5e-5)
-
-
-def pretrain_three_steps(dataset: Path, output: Path) -> None:
-    pretrain_until(dataset, output, 3)
-
-
-def test_a_loss_that_is_no_number_is_reported_with_step_and_items(
-    dataset: Path, tmp_path: Path
-) -> None:
-    messages = run_ranks(diverge, 2, dataset, tmp_path / "encoder")
-    for message in messages:
-        assert "not a number at step" in message
-        assert "item_index" in message
-        assert "learning_rate" in message
-
-
-def diverge(dataset: Path, output: Path) -> str:
-    with pytest.raises(StageFailure) as failure:
-        pretrain(dataset, output, learning_rate=1e30, warmup_fraction=0.0, max_gradient_norm=0.0)
-    return str(failure.value)
+def test_a_loss_that_is_no_number_leaves_no_artifact(folder: Path) -> None:
+    assert not (folder / "nan").exists()  # on_two_ranks has checked the message
+    assert (folder / "nan.partial").exists()
 
 
 def test_the_death_of_a_peer_is_reported_by_rank(dataset: Path, tmp_path: Path) -> None:
