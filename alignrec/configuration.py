@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,6 +18,8 @@ from alignrec.errors import UserError
 
 T = TypeVar("T")
 Tree = dict[str, Any]
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def option(
@@ -140,6 +144,19 @@ def apply_assignments(tree: Mapping[str, Any], assignments: Iterable[str]) -> Tr
     return typing.cast(Tree, result)
 
 
+def expand_variables(value: Any) -> Any:  # noqa: ANN401 - any part of a recipe
+    """Replace ``${NAME}`` and ``${NAME:-default}`` in every text by environment variables.
+
+    Raises:
+        UserError: a variable without a default is not set.
+    """
+    if isinstance(value, Mapping):
+        return {key: expand_variables(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [expand_variables(inner) for inner in value]
+    return _VARIABLE.sub(_variable, value) if isinstance(value, str) else value
+
+
 def to_mapping(config: Any) -> Tree:  # noqa: ANN401 - any configuration dataclass
     """Return a configuration as plain JSON values (paths become strings, tuples lists)."""
     return typing.cast(Tree, json.loads(json.dumps(dataclasses.asdict(config), default=str)))
@@ -168,6 +185,17 @@ def digest(value: Any) -> str:  # noqa: ANN401 - any JSON value
 def nearest(name: str, known: Iterable[str]) -> list[str]:
     """Return the up to three known names most like ``name``, best first."""
     return difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+
+
+def _variable(match: re.Match[str]) -> str:
+    name, default = match.group(1), match.group(2)
+    found = os.environ.get(name) or default
+    if found is None:
+        raise UserError(
+            f"{match.group()}: the environment variable {name} is not set. Set it, or write a "
+            f"default: ${{{name}:-DEFAULT}}."
+        )
+    return found
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -7,6 +7,7 @@ one of them in this process, or on several ranks under torchrun.
 import argparse
 import dataclasses
 import importlib
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -115,10 +116,13 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", type=Path, help=f"YAML file; its section {stage.name} is used")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     options = parser.parse_args(arguments)
+    # Spinning threads starve each other where ranks share cores; torch reads this when it loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def work() -> None:
         tree = configuration.load_yaml(options.recipe) if options.recipe else {}
         tree = configuration.apply_assignments(tree, options.set)
+        tree = configuration.expand_variables(tree)
         inherited = tree.get(stage.inherits) if stage.inherits else None
         section = {**(inherited or {}), **(tree.get(stage.name) or {})}
         config = stage.load_config(section)

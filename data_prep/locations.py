@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import posixpath
-import re
 from collections.abc import Iterable
 from typing import IO, Any
 
@@ -12,7 +11,6 @@ import fsspec
 from alignrec.configuration import nearest
 from alignrec.errors import UserError
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _TABLE_SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
@@ -48,29 +46,9 @@ class RawFile:
         return file
 
 
-def expand(path: str) -> str:
-    """Replace ``${NAME}`` and ``${NAME:-default}`` by environment variables, and ``~``.
-
-    Raises:
-        UserError: a variable without a default is not set.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(2)
-        found = os.environ.get(name) or default
-        if found is None:
-            raise UserError(
-                f"{path}: the environment variable {name} is not set. Set it, or write "
-                f"${{{name}:-PATH}} in the recipe."
-            )
-        return found
-
-    return os.path.expanduser(_VARIABLE.sub(value, path))  # noqa: PTH111 - may be a URL
-
-
 def absolute(path: str) -> str:
     """Return an expanded path as an absolute path or a URL."""
-    expanded = expand(path)
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - may be a URL
     return expanded if "://" in expanded else os.path.abspath(expanded)  # noqa: PTH100
 
 

@@ -12,7 +12,6 @@ from alignrec.errors import UserError
 from alignrec.stage import Stage
 from cluster.checkout import recipe_path
 from cluster.config import ClusterConfig
-from data_prep.locations import expand
 from launch.stages import PROVIDERS, STAGES
 
 CLUSTER = "cluster"
@@ -115,7 +114,7 @@ def build(name: str, sections: Mapping[str, Any], *, stages: Sequence[Stage]) ->
                 else f"Valid sections: {', '.join(known)}."
             )
             raise UserError(f"{section} is no section of a recipe, so it would do nothing. {hint}")
-    written, sections = sections, _expanded(sections)
+    written, sections = sections, configuration.expand_variables(sections)
     cluster = configuration.build(ClusterConfig, sections.get(CLUSTER), section=CLUSTER)
     chosen = [stage for stage in stages if stage.name in sections]
     if not chosen:
@@ -134,15 +133,6 @@ def build(name: str, sections: Mapping[str, Any], *, stages: Sequence[Stage]) ->
 def write(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe."""
     path.write_text(yaml.safe_dump(recipe.resolved(), sort_keys=False), encoding="utf-8")
-
-
-def _expanded(value: Any) -> Any:  # noqa: ANN401 - any part of a recipe
-    """Replace ``${NAME}`` and ``${NAME:-default}`` in every text by environment variables."""
-    if isinstance(value, Mapping):
-        return {key: _expanded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_expanded(inner) for inner in value]
-    return expand(value) if isinstance(value, str) and "${" in value else value
 
 
 def _section(stage: Stage, sections: Mapping[str, Any]) -> Any:  # noqa: ANN401 - checked by build

@@ -133,3 +133,12 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
     bad.write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(UserError, match="not valid YAML"):
         configuration.load_yaml(bad)
+
+
+def test_environment_variables_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNREC_TEST_DATA", "/data")
+    monkeypatch.delenv("ALIGNREC_TEST_NONE", raising=False)
+    tree = {"a": ["${ALIGNREC_TEST_DATA}/x", 3], "b": {"c": "${ALIGNREC_TEST_NONE:-here}/y"}}
+    assert configuration.expand_variables(tree) == {"a": ["/data/x", 3], "b": {"c": "here/y"}}
+    with pytest.raises(UserError, match="ALIGNREC_TEST_NONE is not set"):
+        configuration.expand_variables({"a": "${ALIGNREC_TEST_NONE}"})

@@ -168,11 +168,3 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 def test_an_unknown_protocol_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="cannot be reached"):
         locations.find(["nosuch://host/items.parquet"])
-
-
-def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CATALOGUE", "/data")
-    assert locations.expand("${CATALOGUE}/x") == "/data/x"
-    assert locations.expand("${ABSENT_VARIABLE:-/default}/x") == "/default/x"
-    with pytest.raises(UserError, match="ABSENT_VARIABLE is not set"):
-        locations.expand("${ABSENT_VARIABLE}/x")
