@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -161,8 +162,24 @@ def deepspeed_group() -> Iterator[None]:
             warnings.filterwarnings("ignore", r"`torch\.distributed.*is deprecated", FutureWarning)
             yield
     finally:
+        _forget_groups()
         if owner:
             dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """Let DeepSpeed find the process group afresh when the same process trains again.
+
+    It keeps the groups of the first training in module globals (deepspeed 0.19.8, comm/comm.py and
+    utils/groups.py) and has no public call that drops them without destroying the group itself.
+    """
+    if "deepspeed" not in sys.modules:
+        return
+    import deepspeed.comm.comm as deepspeed_comm
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references(group=None)
+    deepspeed_comm.cdb = None
 
 
 def _import_deepspeed() -> Any:  # noqa: ANN401 - a module without types

@@ -19,6 +19,7 @@ from alignrec.pretrain.engine import deepspeed_group, parameter_groups
 from alignrec.pretrain.objective import build_model
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
+from alignrec.pretrain.word_vectors import read_word_vectors, write_word_vectors
 from alignrec.stage import Context
 from alignrec.telemetry import read_history
 from alignrec.testing.datasets import write_dataset
@@ -163,7 +164,9 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def test_the_plain_run_is_torch_adamw_on_the_global_batches(dataset: Path, folder: Path) -> None:
+def test_the_plain_run_is_torch_adamw_on_the_global_batches(
+    dataset: Path, folder: Path, tmp_path: Path
+) -> None:
     plain = folder / "plain"
     config = make_config(micro_batch_size=8)
     words = load_words(plain / TOKENIZER, max_length=20)
@@ -173,6 +176,8 @@ def test_the_plain_run_is_torch_adamw_on_the_global_batches(dataset: Path, folde
         config.objective,
         seed=config.seed,
     )
+    write_word_vectors(dataset, words, tmp_path / "vectors", width=16, seed=config.seed)
+    model.encoder.text_embed.weight.data.copy_(read_word_vectors(tmp_path / "vectors"))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), betas=(config.beta1, config.beta2)
     )
