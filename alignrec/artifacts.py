@@ -27,6 +27,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 WORK = "work"
 _FINGERPRINT = "fingerprint.json"
+_WRITING = ".writing"
 _PACKAGES = ("torch", "ray", "deepspeed", "torch-geometric", "numpy", "pyarrow", "webdataset")
 
 
@@ -125,6 +126,13 @@ def open_draft(output: Path, *, fingerprint: str) -> Draft:
     return Draft(folder)
 
 
+def recover(output: Path) -> None:
+    """Finish the rename of an artifact whose stage was killed between its manifest and the end."""
+    draft = partial_path(output)
+    if (draft / MANIFEST).exists():
+        _finish(draft, output)
+
+
 def publish(
     draft: Draft,
     output: Path,
@@ -135,8 +143,6 @@ def publish(
     inputs: Mapping[str, Path],
 ) -> Manifest:
     """Write the manifest of a complete draft and move it to ``output`` by rename."""
-    shutil.rmtree(draft.path / WORK, ignore_errors=True)
-    (draft.path / _FINGERPRINT).unlink(missing_ok=True)
     files = checksums(draft.path)
     sources = {name: read(path) for name, path in inputs.items()}
     manifest = Manifest(
@@ -154,8 +160,9 @@ def publish(
         producer=producer(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+    # Until the manifest is there a kill loses nothing; from then on nothing but the rename is left.
     write_json(draft.path / MANIFEST, dataclasses.asdict(manifest))
-    _replace_folder(draft.path, output)
+    _finish(draft.path, output)
     return manifest
 
 
@@ -192,16 +199,19 @@ def read(path: Path, kind: str | None = None) -> Manifest:
         )
     try:
         content = json.loads(manifest_path.read_text())
+        version = int(content["schema_version"])
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{path} was written by a newer alignrec (schema {version}, this one reads up to "
+                f"{SCHEMA_VERSION}). Upgrade alignrec or write the artifact again."
+            )
         manifest = Manifest(**content)
-    except (ValueError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{manifest_path} is damaged ({error}). Delete {path} and run its stage again."
         ) from error
-    if manifest.schema_version > SCHEMA_VERSION:
-        raise UserError(
-            f"{path} was written by a newer alignrec (schema {manifest.schema_version}, this one "
-            f"reads up to {SCHEMA_VERSION}). Upgrade alignrec or write the artifact again."
-        )
     if kind is not None and manifest.kind != kind:
         raise UserError(
             f"{path} is of kind {manifest.kind}, but {kind} is needed here. Correct the path."
@@ -228,11 +238,16 @@ def verify(path: Path) -> Manifest:
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of every file below ``folder`` but the manifest, by relative path."""
+    """Return size and SHA-256 of every file of an artifact, by relative path.
+
+    The manifest does not count, nor what belongs to an unfinished draft alone.
+    """
     result = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name == MANIFEST:
+        if name in (MANIFEST, _FINGERPRINT) or name.startswith(f"{WORK}/"):
+            continue
+        if name.endswith(_WRITING):
             continue
         with path.open("rb") as file:
             result[name] = {
@@ -244,7 +259,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
     """Write JSON so that a reader sees the old file or the whole new one, even after a crash."""
-    spare = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    spare = path.with_name(f".{path.name}.{os.getpid()}{_WRITING}")
     with spare.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, sort_keys=True, default=str)
         file.write("\n")
@@ -286,6 +301,14 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def _finish(draft: Path, output: Path) -> None:
+    """Move a draft with its manifest to its place, then drop what only a draft needs."""
+    _replace_folder(draft, output)
+    shutil.rmtree(output / WORK, ignore_errors=True)
+    for stray in [output / _FINGERPRINT, *output.rglob(f".*{_WRITING}")]:
+        stray.unlink(missing_ok=True)
 
 
 def _replace_folder(source: Path, target: Path) -> None:

@@ -104,16 +104,6 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def random_state() -> dict[str, list[int]]:
-    """Return the state of torch's CPU generator as JSON."""
-    return {"torch": torch.get_rng_state().tolist()}
-
-
-def restore_random_state(state: Mapping[str, list[int]]) -> None:
-    """Put torch's CPU generator back to what ``random_state`` returned."""
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-
-
 def _finished(folder: Path) -> list[Path]:
     return [p for p in folder.glob(f"{_PREFIX}*") if p.is_dir() and p.suffix != ".partial"]
 

@@ -51,6 +51,27 @@ class Stage:
         """Build the stage's configuration from its section of a recipe."""
         return configuration.build(_load(self.config), section, section=self.name)
 
+    def section(self, sections: Mapping[str, Any]) -> Any:  # noqa: ANN401 - checked by build
+        """Return the stage's section of a recipe, over the one that it inherits from."""
+        own = sections.get(self.name)
+        inherited = sections.get(self.inherits) if self.inherits else None
+        if not isinstance(inherited, Mapping) or not isinstance(own, (Mapping, type(None))):
+            return own
+        return {**inherited, **(own or {})}
+
+    def check_section(self, assignment: str) -> None:
+        """Refuse a ``--set`` that this stage would not see.
+
+        Raises:
+            UserError: its section is another one.
+        """
+        section = assignment.partition(".")[0]
+        if section not in (self.name, self.inherits):
+            raise UserError(
+                f"--set {assignment!r} sets something in section {section}, which stage "
+                f"{self.name} does not read. Write {self.name}.{assignment.partition('.')[2]}."
+            )
+
     def load_run(self) -> Callable[[Any, "Context"], None]:
         """Import the stage's work (this may load torch, ray and other engines)."""
         function: Callable[[Any, Context], None] = _load(self.run)
@@ -123,9 +144,9 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
         tree = configuration.load_yaml(options.recipe) if options.recipe else {}
         tree = configuration.apply_assignments(tree, options.set)
         tree = configuration.expand_variables(tree)
-        inherited = tree.get(stage.inherits) if stage.inherits else None
-        section = {**(inherited or {}), **(tree.get(stage.name) or {})}
-        config = stage.load_config(section)
+        for assignment in options.set:
+            stage.check_section(assignment)
+        config = stage.load_config(stage.section(tree))
         inputs = {
             kind: getattr(options, kind)
             for kind in (*stage.inputs, *stage.optional_inputs)
@@ -134,6 +155,7 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
         for name, path in inputs.items():
             artifacts.read(path, INPUT_KINDS.get(name, name))
         output = options.output
+        artifacts.recover(output)
         context = Context(
             inputs=inputs,
             output=output,

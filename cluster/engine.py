@@ -176,7 +176,9 @@ def rank_variables(part: Share, environ: Mapping[str, str], *, run: str) -> dict
     }
     if not part.gpus:
         variables["DS_ACCELERATOR"] = "cpu"
-    return variables | {name: environ[name] for name in variables if environ.get(name)}
+    variables |= {name: environ[name] for name in variables if environ.get(name)}
+    # A rank without a GPU of its own must not see those of others.
+    return variables if part.gpus else variables | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _room(machine: Host, cpus: int, gpus: int) -> int:

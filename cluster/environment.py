@@ -48,6 +48,8 @@ def ensure_token() -> None:
         return
     path = token_path()
     if path.exists():
+        if path.stat().st_uid == os.getuid():
+            path.chmod(0o600)
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     spare = path.with_name(f"{path.name}.{os.getpid()}")

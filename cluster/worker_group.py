@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignrec.distributed.process_group import TIMEOUT_SECONDS
 from alignrec.errors import StageFailure, UserError
 from alignrec.stage import Context, Stage
 from cluster import engine
@@ -142,7 +143,10 @@ def _run_train(
             logging_config=train.LoggingConfig(log_level="ERROR"),
             worker_runtime_env={"env_vars": dict(variables)},
         ),
-        torch_config=TorchConfig(backend="nccl" if part.gpus else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if part.gpus else "gloo",
+            timeout_s=int(getattr(job.config, "timeout_seconds", TIMEOUT_SECONDS)),
+        ),
     )
     return _fit(trainer)
 

@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     codes: list[int] = []
     try:
         failed = exit_code(lambda: codes.append(command(options)))
-    except BrokenPipeError:  # as with `| head`: nobody reads on, and the interpreter's last flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as with `| head`: nobody reads on
+        _mute()
         return 0
     if failed and getattr(options, "json", False):
         state = {1: "failed", 2: "mistake"}.get(failed, "interrupted")
@@ -52,12 +52,25 @@ def _run(options: argparse.Namespace) -> int:
         run_dir,
         engine=runner.RayEngine(),
         selection=runner.Selection(first=options.first, last=options.last),
-        show=lambda line: print(line, flush=True),
+        show=_show,
     )
-    print(summary.as_text(results, run_dir), flush=True)
+    _show(summary.as_text(results, run_dir))
     if options.json:
         print(json.dumps(summary.as_json(results, run_dir)))
     return 0
+
+
+def _show(line: str) -> None:
+    """Print a line of a run, which goes on when nobody reads it any more."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        _mute()
+
+
+def _mute() -> None:
+    """Send what is still printed, the interpreter's last flush included, nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -124,7 +124,7 @@ def build(name: str, sections: Mapping[str, Any], *, stages: Sequence[Stage]) ->
         )
     made = {stage.name for stage in chosen}
     steps = tuple(
-        Step(stage, stage.load_config(_section(stage, sections)), _inputs(stage, made))
+        Step(stage, stage.load_config(stage.section(sections)), _inputs(stage, made))
         for stage in chosen
     )
     return Recipe(name, steps, cluster, written)
@@ -133,14 +133,6 @@ def build(name: str, sections: Mapping[str, Any], *, stages: Sequence[Stage]) ->
 def write(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe."""
     path.write_text(yaml.safe_dump(recipe.resolved(), sort_keys=False), encoding="utf-8")
-
-
-def _section(stage: Stage, sections: Mapping[str, Any]) -> Any:  # noqa: ANN401 - checked by build
-    own = sections[stage.name]
-    inherited = sections.get(stage.inherits) if stage.inherits else None
-    if not isinstance(inherited, Mapping) or not isinstance(own, (Mapping, type(None))):
-        return own
-    return {**inherited, **(own or {})}
 
 
 def _inputs(stage: Stage, made: set[str]) -> dict[str, str]:

@@ -110,6 +110,7 @@ def _do(
     output = run_dir / step.name
     inputs = {name: run_dir / provider for name, provider in step.inputs.items()}
     fingerprint = step.stage.fingerprint(step.config, inputs)
+    artifacts.recover(output)
     manifest = _finished(output)
     if (
         manifest is not None

@@ -40,7 +40,9 @@ def rank_from_environment(environment: Mapping[str, str] | None = None) -> Rank:
     """Return the rank that torchrun or Ray Train put into the environment; alone without one."""
     variables = os.environ if environment is None else environment
     local = int(variables.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    # A launcher may show a rank its own GPU alone, whatever its local index.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
     return Rank(
         index=int(variables.get("RANK", "0")),
         world_size=int(variables.get("WORLD_SIZE", "1")),

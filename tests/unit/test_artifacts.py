@@ -76,7 +76,7 @@ def test_absent_wrong_kind_damaged_and_newer(tmp_path: Path) -> None:
         artifacts.read(tmp_path / "out", "dataset")
     path = tmp_path / "out" / artifacts.MANIFEST
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"schema_version": 99}))
+    path.write_text(json.dumps(content | {"schema_version": 99, "later": 1}))
     with pytest.raises(UserError, match="newer alignrec"):
         artifacts.read(tmp_path / "out")
     path.write_text(path.read_text()[:40])
@@ -106,3 +106,25 @@ def test_fingerprint_depends_on_everything_that_decides_the_result() -> None:
         artifacts.fingerprint("ablation", 1, {"a": 1}, {"graph": "x"}),
     }
     assert len(others | {base}) == 5
+
+
+@pytest.mark.parametrize("moment", ["checksums", "rename"])
+def test_a_kill_while_publishing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    name = {"checksums": "checksums", "rename": "_replace_folder"}[moment]
+    monkeypatch.setattr(artifacts, name, kill)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out")
+    monkeypatch.undo()
+    (artifacts.partial_path(tmp_path / "out") / ".torn.123.writing").write_text("torn")
+    artifacts.recover(tmp_path / "out")
+    if moment == "rename":  # the manifest was there: nothing but the rename was left
+        artifacts.verify(tmp_path / "out")
+    else:
+        draft = artifacts.open_draft(tmp_path / "out", fingerprint="f")
+        assert (draft.work / "checkpoint").exists()
+        assert list(make(tmp_path / "out").files) == ["data.txt"]

@@ -50,10 +50,3 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path: Path) -> None:
     assert found.step == 1
     save(tmp_path, 2)  # the left-over is replaced
     assert checkpoint.latest(tmp_path).step == 2  # type: ignore[union-attr]
-
-
-def test_random_state_round_trip() -> None:
-    state = checkpoint.random_state()
-    first = torch.rand(3)
-    checkpoint.restore_random_state(state)
-    assert torch.equal(torch.rand(3), first)

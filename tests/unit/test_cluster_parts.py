@@ -54,6 +54,7 @@ def test_ranks_use_their_cores_unless_told_otherwise() -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         "ALIGNREC_RUN": "demo",
         "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
     }
     told = rank_variables(Share(3, 1), {"OMP_NUM_THREADS": "1"}, run="demo")
     assert told == {

@@ -54,6 +54,11 @@ def test_a_stage_runs_from_the_command_line(
     assert "sample.rows=-1 is out of range" in capsys.readouterr().err
     assert stage.main(SAMPLE, [*words[:-1], "sample.rows=13"]) == 1
     assert capsys.readouterr().err == "failed: rank 1 of 2 died\n"
+    assert stage.main(SAMPLE, [*words[:-1], "smple.rows=3"]) == 2
+    assert "stage sample does not read" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text("sample: 5")
+    assert stage.main(SAMPLE, [*words[:-2], "--recipe", str(tmp_path / "recipe.yaml")]) == 2
+    assert "sample must be a section" in capsys.readouterr().err
     assert stage.main(SAMPLE, ["--dataset", str(tmp_path / "no"), *words[2:]]) == 2
     message = capsys.readouterr().err
     assert "no dataset here" in message
