@@ -8,7 +8,6 @@ train on the same triples, and a resume needs no state but (epoch, step).
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -34,7 +33,7 @@ class Distinct:
     count: Float[Tensor, " n"]
 
     @classmethod
-    def of(cls, values: Int64[Tensor, " b"]) -> Self:
+    def of(cls, values: Int64[Tensor, " b"]) -> "Distinct":
         """Find the distinct values."""
         ids, position, count = torch.unique(values, return_inverse=True, return_counts=True)
         return cls(ids, position, count.float())
@@ -48,7 +47,7 @@ class Triples:
     positive: Int64[Tensor, " b"]
     negative: Int64[Tensor, " b"]
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Triples":
         """Return the same triples on another device."""
         return type(self)(self.user.to(device), self.positive.to(device), self.negative.to(device))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +31,7 @@ class CSR:
         cols: Int64[Tensor, " num_pairs"] | npt.ArrayLike,
         num_rows: int,
         num_cols: int,
-    ) -> Self:
+    ) -> "CSR":
         """Build from (row, column) pairs in any order; a repeated pair counts once.
 
         Raises:
@@ -77,7 +76,7 @@ class CSR:
         """Return the columns of one row."""
         return self.columns[int(self.row_offsets[index]) : int(self.row_offsets[index + 1])]
 
-    def select(self, rows: Int64[Tensor, " num_selected"]) -> Self:
+    def select(self, rows: Int64[Tensor, " num_selected"]) -> "CSR":
         """Return the given rows, in the given order, as rows 0, 1, ... of a new CSR."""
         lengths = self.row_lengths[rows]
         offsets = _offsets(lengths)
@@ -86,7 +85,7 @@ class CSR:
         position = torch.arange(int(offsets[-1]), device=self.columns.device) + shift
         return type(self)(offsets, self.columns[position], self.num_cols)
 
-    def keep_columns(self, kept: Bool[Tensor, " num_cols"]) -> Self:
+    def keep_columns(self, kept: Bool[Tensor, " num_cols"]) -> "CSR":
         """Return the same rows without the columns that ``kept`` marks False."""
         entries = kept[self.columns]
         lengths = torch.bincount(self.rows[entries], minlength=self.num_rows)
@@ -109,7 +108,7 @@ class CSR:
         position = torch.searchsorted(self._keys, wanted).clamp_(max=self._keys.numel() - 1)
         return (self._keys[position] == wanted) & (cols >= 0)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "CSR":
         """Return the same rows on another device."""
         return type(self)(self.row_offsets.to(device), self.columns.to(device), self.num_cols)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class PartitionedGraph(GraphStore):  # type: ignore[misc]
         )
 
     @classmethod
-    def open(cls, folder: Path, rank: Rank) -> Self:
+    def open(cls, folder: Path, rank: Rank) -> "PartitionedGraph":
         """Read the partitions of ``rank`` from a graph artifact."""
         return cls(folder, rank)
 
