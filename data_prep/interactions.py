@@ -22,7 +22,12 @@ from data_prep.tables import Columns, MalformedRow, read_batches
 SETTING = "data_prep.interactions.columns"
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-_NUMBER = r"^\s*[+-]?\d{1,15}(\.\d*)?\s*$"
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_WHOLE = r"^\s*(?P<whole>-?[0-8]?\d{1,18})(?:\.0*)?\s*$"  # what int64 surely holds
+_DATE = (
+    r"^\s*(?P<day>\d{4}-\d{2}-\d{2})"
+    r"(?:[T ](?P<time>\d{2}:\d{2}:\d{2})(?:\.\d+)?(?P<zone>Z|[+-]\d{2}:?\d{2})?)?\s*$"
+)
 _MAX_RATING = 1e9
 _MAX_TIME = 2.0**62
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -36,7 +41,8 @@ class Log:
         user: (n,) number of the user, in the order of users' first rows.
         item: (n,) number of the item in the catalogue.
         rating: (n,) NaN where unknown.
-        timestamp: (n,) seconds; meaningless where ``has_timestamp`` is False.
+        timestamp: (n,) seconds, or the log's own numbers; meaningless where ``has_timestamp`` is
+            False.
         has_timestamp: (n,)
     """
 
@@ -235,15 +241,18 @@ def to_ratings(
     if column is None:
         return np.full(num_rows, np.nan, dtype=np.float32), np.zeros(num_rows, dtype=bool)
     numbers, unreadable = _to_numbers(column)
-    values = pc.fill_null(numbers.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+    values = pc.fill_null(numbers.cast(pa.float64(), safe=False), np.nan).to_numpy(
+        zero_copy_only=False
+    )
     bad = unreadable | (np.abs(values) > _MAX_RATING)  # NaN: unknown, as pandas writes it
     return np.where(bad, np.nan, values).astype(np.float32), bad
 
 
 def to_timestamps(column: pa.ChunkedArray | None, num_rows: int) -> tuple[Ints, Bools, Bools]:
-    """Return times in seconds, which are known, and which are unreadable.
+    """Return times, which of them are known, and which are unreadable.
 
-    Numbers stay as they are; dates and times become seconds since 1970.
+    Dates and times become seconds since 1970. Numbers of any unit stay as they are, cut to whole
+    ones: only their order counts.
     """
     if column is None:
         none = np.zeros(num_rows, dtype=bool)
@@ -251,42 +260,49 @@ def to_timestamps(column: pa.ChunkedArray | None, num_rows: int) -> tuple[Ints, 
     if pa.types.is_temporal(column.type):
         seconds = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()).combine_chunks()
         return _filled(seconds), _mask(seconds.is_valid()), np.zeros(num_rows, dtype=bool)
-    text = pa.types.is_string(column.type)
-    dates = _to_dates(column) if text else pa.nulls(num_rows, pa.int64())
+    exact = dates = pa.nulls(num_rows, pa.int64())
+    if pa.types.is_string(column.type):
+        exact, dates = whole_numbers(column), _to_dates(column)
     numbers, unreadable = _to_numbers(column)
-    size = pc.abs(numbers.cast(pa.float64()))
+    size = pc.abs(numbers.cast(pa.float64(), safe=False))  # nanoseconds: above 2**53
     overflow = _mask(pc.fill_null(pc.greater_equal(size, _MAX_TIME), False))
     finite = pc.if_else(pc.less(size, _MAX_TIME), numbers, None)  # NaN: unknown
-    whole = pc.coalesce(finite.cast(pa.int64(), safe=False), dates)
+    whole = pc.coalesce(exact, finite.cast(pa.int64(), safe=False), dates)
     bad = (unreadable & ~_mask(dates.is_valid())) | overflow
     return _filled(whole), _mask(whole.is_valid()), bad
 
 
+def whole_numbers(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column of text as int64, null where it is no whole number."""
+    matches = pc.extract_regex(_one_array(column), _WHOLE)
+    return pc.struct_field(matches, "whole").cast(pa.int64())
+
+
 def _to_numbers(column: pa.ChunkedArray) -> tuple[pa.Array, Bools]:
     """Return a column as numbers, null where it is empty or unreadable, and what is unreadable."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    array = _one_array(column)
     if pa.types.is_null(array.type):
         return pa.nulls(len(array), pa.float64()), np.zeros(len(array), dtype=bool)
     if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         return array, np.zeros(len(array), dtype=bool)
     if not pa.types.is_string(array.type):
         array = pc.cast(array, pa.string())
-    readable = pc.match_substring_regex(array, _NUMBER)
-    blank = pc.equal(pc.utf8_trim_whitespace(array), "")
-    numbers = pc.if_else(readable, pc.utf8_trim_whitespace(array), None).cast(pa.float64())
+    text = pc.utf8_trim_whitespace(array)
+    readable = pc.match_substring_regex(text, _NUMBER)
+    blank = pc.equal(text, "")
+    numbers = pc.if_else(readable, text, None).cast(pa.float64())
     return numbers, _mask(pc.fill_null(pc.invert(pc.or_(readable, blank)), False))
 
 
 def _to_dates(column: pa.ChunkedArray) -> pa.Array:
     """Return ISO dates and times as seconds, null for everything else."""
-    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.string())
-    result = pa.nulls(len(array), pa.int64())
-    for pattern in ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"):
-        parsed = pc.strptime(array, format=pattern, unit="s", error_is_null=True)
-        result = pc.coalesce(result, parsed.cast(pa.int64()))
-    return result
+    matches = pc.extract_regex(_one_array(column), _DATE)
+    day, time, zone = (pc.struct_field(matches, name) for name in ("day", "time", "zone"))
+    time = pc.if_else(pc.equal(time, ""), "00:00:00", time)
+    zone = pc.if_else(pc.is_in(zone, pa.array(["", "Z"])), "+00:00", zone)
+    text = pc.binary_join_element_wise(day, time, zone, " ")
+    parsed = pc.strptime(text, format="%Y-%m-%d %H:%M:%S %z", unit="s", error_is_null=True)
+    return parsed.cast(pa.int64())
 
 
 def _quarantine_rows(
@@ -315,7 +331,13 @@ def _joined(batches: Sequence[pa.Table], name: str) -> pa.ChunkedArray:
     else:
         numeric = all(pa.types.is_integer(k) or pa.types.is_floating(k) for k in kinds)
         kind = pa.float64() if numeric else pa.string()
-    return pa.chunked_array([c for column in columns for c in column.cast(kind).chunks], kind)
+    return pa.chunked_array(
+        [c for column in columns for c in column.cast(kind, safe=False).chunks], kind
+    )
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def _filled(array: pa.Array) -> Ints:

@@ -64,14 +64,19 @@ def find(paths: Iterable[str]) -> list[RawFile]:
 def folder_of(path: str) -> str:
     """Return the folder that a path, glob or folder of tables lies in."""
     location = absolute(path)
-    return location if not posixpath.splitext(location)[1] else posixpath.dirname(location)
+    if _is_glob(location):
+        while _is_glob(location):
+            location = posixpath.dirname(location)
+        return location
+    fs, name = fsspec.core.url_to_fs(location)
+    return location if fs.isdir(name) else posixpath.dirname(location)
 
 
 def _find_one(path: str) -> list[RawFile]:
     location = absolute(path)
     try:
         fs, name = fsspec.core.url_to_fs(location)
-        if any(c in name for c in "*?["):
+        if _is_glob(name):
             names = [str(n) for n in fs.glob(name)]
         elif fs.isdir(name):
             names = [str(n) for n in fs.find(name)]
@@ -92,6 +97,10 @@ def _find_one(path: str) -> list[RawFile]:
             f"{path} cannot be reached: {' '.join(str(error).split())}. Check the address, the "
             f"rights, and that fsspec's package for it is installed."
         ) from error
+
+
+def _is_glob(name: str) -> bool:
+    return any(c in name for c in "*?[")
 
 
 def _is_table(name: str) -> bool:

@@ -12,13 +12,14 @@ import pyarrow as pa
 from alignrec.errors import UserError
 from data_prep import locations, tables
 from data_prep.config import MMRecConfig
-from data_prep.interactions import Bools, Ints, Log, to_ratings, to_timestamps
-from data_prep.locations import RawFile
+from data_prep.interactions import Bools, Ints, Log, to_ratings, to_timestamps, whole_numbers
 from data_prep.quarantine import Quarantine, Reason
 
 USER, ITEM, RATING, TIMESTAMP, LABEL = "userID", "itemID", "rating", "timestamp", "x_label"
 _SETTING = "MMRec's format"
 _NUM_LABELS = 3
+_MAX_USERS_PER_ROW = 10
+_MAX_USERS_OF_FEW_ROWS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read(config: MMRecConfig, quarantine: Quarantine) -> MMRecData:
     num_items = count_items(config)
     keys = _item_keys(config, num_items)
     files = locations.find([config.interactions])
-    present = _header(files[0])
+    present = tables.column_names(files[0])
     optional = tuple(name for name in (RATING, TIMESTAMP) if name in present)
     columns = tables.Columns(_SETTING, text=(USER, ITEM, LABEL), other=optional)
     malformed: list[tables.MalformedRow] = []
@@ -67,8 +68,8 @@ def read(config: MMRecConfig, quarantine: Quarantine) -> MMRecData:
             f"no row of {config.interactions} can be used: user and item must be whole numbers, "
             f"items below the {num_items:,} rows of the features, x_label 0, 1 or 2."
         )
-    num_users = int(log.user.max()) + 1
-    return MMRecData(log, labels, num_users, keys, len(table) + len(malformed))
+    num_rows = len(table) + len(malformed)
+    return MMRecData(log, labels, _count_users(config, log, num_rows), keys, num_rows)
 
 
 def count_items(config: MMRecConfig) -> int:
@@ -85,6 +86,17 @@ def count_items(config: MMRecConfig) -> int:
             f"per item, in itemID order."
         )
     return next(iter(rows.values()))
+
+
+def _count_users(config: MMRecConfig, log: Log, num_rows: int) -> int:
+    num_users = int(log.user.max()) + 1
+    if num_users > _MAX_USERS_PER_ROW * num_rows + _MAX_USERS_OF_FEW_ROWS:
+        raise UserError(
+            f"{config.interactions} has the userID {num_users - 1} in {num_rows:,} rows, but users "
+            f"are numbered densely from 0: each number up to the largest becomes a user. Renumber "
+            f"the users."
+        )
+    return num_users
 
 
 def _num_rows(path: str) -> int:
@@ -112,7 +124,7 @@ def _item_keys(config: MMRecConfig, num_items: int) -> pa.Array:
     if config.item_keys is None:
         return pa.array(np.arange(num_items)).cast(pa.string())
     file = locations.find([config.item_keys])[0]
-    names = _header(file)
+    names = tables.column_names(file)
     key_columns = [name for name in names if name != ITEM]
     if ITEM not in names or len(key_columns) != 1:
         raise UserError(
@@ -120,7 +132,13 @@ def _item_keys(config: MMRecConfig, num_items: int) -> pa.Array:
             f"keys are needed."
         )
     columns = tables.Columns(_SETTING, text=(ITEM, key_columns[0]))
-    table = pa.concat_tables(tables.read_batches([file], columns, []))
+    batches = list(tables.read_batches([file], columns, []))
+    if not batches:
+        raise UserError(
+            f"{config.item_keys} has a header and no rows, but each of the {num_items:,} items "
+            f"needs a key. Correct it or set data_prep.mmrec.item_keys to null."
+        )
+    table = pa.concat_tables(batches)
     number, good = _whole_numbers(table[ITEM])
     keys = np.full(num_items, None, dtype=object)
     inside = good & (number >= 0) & (number < num_items)
@@ -165,11 +183,5 @@ def _interactions(
 
 
 def _whole_numbers(column: pa.ChunkedArray) -> tuple[Ints, Bools]:
-    numbers, known, bad = to_timestamps(column, len(column))
-    return numbers, known & ~bad
-
-
-def _header(file: RawFile) -> list[str]:
-    with file.open() as stream:
-        line = stream.readline(1 << 16).decode("utf-8", "replace").strip()
-    return line.split("\t" if file.suffix in (".inter", ".tsv") else ",")
+    numbers = whole_numbers(column)
+    return numbers.fill_null(0).to_numpy(), numbers.is_valid().to_numpy(zero_copy_only=False)

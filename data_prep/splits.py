@@ -1,7 +1,8 @@
 """Cleaned interactions in, a split for each out (interactions -> artifact).
 
-The random split is a function of (seed, user_index, item_index) alone: neither the order of the log
-nor the number of workers changes it, and a new interaction moves few others of its user.
+The random split is a function of (seed, user_index, item_index) alone: the number of workers does
+not change it, and a new interaction moves few others of its user. A log in another order can number
+its users otherwise, and so be split otherwise.
 """
 
 from collections.abc import Mapping

@@ -1,13 +1,16 @@
 """Raw tables of any format as batches of plain columns (files -> catalogue, interactions).
 
 Columns named as text come as valid UTF-8 strings whatever their type in the file was; other
-columns keep their type. Rows that cannot be parsed at all are reported, not raised.
+columns keep numbers, dates and times and turn the rest into text. Rows that cannot be parsed at all
+are reported, not raised.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import pyarrow as pa
@@ -23,6 +26,20 @@ from data_prep.locations import RawFile
 _BATCH_ROWS = 65_536
 _BLOCK_BYTES = 16 << 20
 _DETAIL_CHARACTERS = 200
+_INT64_END = 2.0**63
+_KEPT = (
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_date,
+    pa.types.is_timestamp,
+    pa.types.is_null,
+)
+_UNUSABLE = (
+    pa.types.is_nested,
+    pa.types.is_time,  # of an unknown day
+    pa.types.is_duration,
+    pa.types.is_interval,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +57,7 @@ class Columns:
     Attributes:
         setting: name of the mapping's section in the recipe, for messages.
         text: columns to return as strings.
-        other: columns to return as they are.
+        other: columns to return as they are if they hold numbers or dates, else as strings.
     """
 
     setting: str
@@ -73,16 +90,27 @@ def read_batches(
                 f"{file.url}: no reader for the suffix {file.suffix or '(none)'}. Give parquet, "
                 f"csv, tsv or jsonl, optionally with .gz, .bz2 or .zst."
             )
-        try:
+        with _damage_named(file):
             for batch in reader(file, columns, malformed):
-                yield _as_asked(batch, columns)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{file.url} cannot be read as {file.suffix[1:]}: {_short(error)}. The file is "
-                f"damaged or of another format; write it again or correct the suffix."
-            ) from error
+                yield _as_asked(file, batch, columns)
+
+
+def column_names(file: RawFile) -> list[str]:
+    """Return the names of the columns of a CSV, TSV or parquet file.
+
+    Raises:
+        UserError: an unreadable file, or another format.
+    """
+    if _READERS.get(file.suffix) not in (_read_csv, _read_parquet):
+        raise UserError(
+            f"{file.url}: the suffix {file.suffix or '(none)'} is none of a table with a header, "
+            f"which would say what columns there are. Give inter, csv, tsv or parquet."
+        )
+    with _damage_named(file), _unpacked(file) as stream:
+        if _READERS[file.suffix] is _read_parquet:
+            return list(pq.read_schema(stream).names)
+        options = _csv_options(file, skip=lambda _: "skip")
+        return list(pyarrow.csv.open_csv(stream, parse_options=options).schema.names)
 
 
 def check_columns(files: Sequence[RawFile], columns: Columns) -> None:
@@ -98,17 +126,14 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column of any type as valid UTF-8 strings; nulls stay.
 
     Whole numbers stored as floats (what a missing value makes of integers elsewhere) lose the
-    ``.0``; lists are joined with commas.
+    ``.0``, NaN becomes null; lists are joined with commas.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
         kind = column.type
     if pa.types.is_floating(kind):
-        valid = column.drop_null()
-        if len(valid) == 0 or pc.all(pc.equal(valid, pc.floor(valid))).as_py():
-            return column.cast(pa.int64()).cast(pa.string())
-        return column.cast(pa.string())
+        return _float_text(column)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return _valid_utf8(column.cast(pa.string()))
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -120,8 +145,10 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def plain_text(value: Any) -> str | None:  # noqa: ANN401 - any value that JSON or parquet holds
     """Return one value as text: lists joined with commas, empty parts left out."""
-    if value is None or isinstance(value, str):
-        return value if value is None else value.encode("utf-8", "replace").decode()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -134,12 +161,39 @@ def plain_text(value: Any) -> str | None:  # noqa: ANN401 - any value that JSON 
     return str(value)
 
 
-def _as_asked(batch: pa.Table, columns: Columns) -> pa.Table:
+def _as_asked(file: RawFile, batch: pa.Table, columns: Columns) -> pa.Table:
     arrays = {}
     for name in columns.names:
         column = batch[name]
-        arrays[name] = as_text(column) if name in columns.text else column
+        if name not in columns.text and _matches(column.type, _UNUSABLE):
+            raise UserError(
+                f"{file.url}: the column {name!r}, which {columns.setting} names, holds "
+                f"{column.type}, and that is no number, date or text. Name another column or "
+                f"convert this one."
+            )
+        arrays[name] = as_text(column) if name in columns.text else _plain(column)
     return pa.table(arrays)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return numbers, dates and times as they are, everything else as text."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column if _matches(column.type, _KEPT) else as_text(column)
+
+
+def _matches(kind: pa.DataType, tests: Sequence[Callable[[pa.DataType], bool]]) -> bool:
+    return any(test(kind) for test in tests)
+
+
+def _float_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Format value by value, so that a key does not depend on the rows around it."""
+    numbers = column.cast(pa.float64())
+    numbers = pc.if_else(pc.is_nan(numbers), None, numbers)
+    exact = pc.less(pc.abs(numbers), _INT64_END)
+    whole = pc.and_(pc.equal(numbers, pc.floor(numbers)), exact)
+    integers = pc.if_else(whole, numbers, None).cast(pa.int64()).cast(pa.string())
+    return pc.if_else(whole, integers, column.cast(pa.string()))
 
 
 def _valid_utf8(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -178,11 +232,7 @@ def _read_csv(file: RawFile, columns: Columns, malformed: list[MalformedRow]) ->
         reader = pyarrow.csv.open_csv(
             stream,
             read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-            parse_options=pyarrow.csv.ParseOptions(
-                delimiter="\t" if file.suffix in (".tsv", ".inter") else ",",
-                newlines_in_values=True,
-                invalid_row_handler=skip,
-            ),
+            parse_options=_csv_options(file, skip=skip),
             # Everything as text: inference would turn the key 007 into 7.
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types={name: pa.string() for name in columns.names},
@@ -194,6 +244,16 @@ def _read_csv(file: RawFile, columns: Columns, malformed: list[MalformedRow]) ->
         _check_columns(file, columns, reader.schema.names)
         for batch in reader:
             yield pa.Table.from_batches([batch]).select(columns.names)
+
+
+def _csv_options(
+    file: RawFile, *, skip: Callable[[pyarrow.csv.InvalidRow], str]
+) -> pyarrow.csv.ParseOptions:
+    return pyarrow.csv.ParseOptions(
+        delimiter="\t" if file.suffix in (".tsv", ".inter") else ",",
+        newlines_in_values=True,
+        invalid_row_handler=skip,
+    )
 
 
 def _read_json_lines(
@@ -275,6 +335,18 @@ def _line_blocks(stream: IO[bytes]) -> Iterator[bytes]:
         yield rest + b"\n"
 
 
+@contextlib.contextmanager
+def _damage_named(file: RawFile) -> Iterator[None]:
+    """Turn what pyarrow says of a damaged file into the user's mistake."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+        raise UserError(
+            f"{file.url} cannot be read as {file.suffix[1:]}: {_short(error)}. The file is "
+            f"damaged or of another format; write it again or correct the suffix."
+        ) from error
+
+
 def _unpacked(file: RawFile) -> Any:  # noqa: ANN401 - a pyarrow stream
     if file.compression is None:
         return file.open()
@@ -284,6 +356,11 @@ def _unpacked(file: RawFile) -> Any:  # noqa: ANN401 - a pyarrow stream
 def _check_columns(file: RawFile, columns: Columns, present: Sequence[str]) -> None:
     for name in columns.names:
         if name in present:
+            if (times := list(present).count(name)) > 1:
+                raise UserError(
+                    f"{file.url} has {times} columns {name!r}: which of them {columns.setting} "
+                    f"names is unclear. Rename or remove the others."
+                )
             continue
         close = nearest(name, present)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""

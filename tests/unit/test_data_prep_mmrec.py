@@ -1,5 +1,7 @@
 """Import of MMRec's files."""
 
+import dataclasses
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,26 @@ def test_rating_and_time_may_be_absent(folder: Path) -> None:
     assert data.item_keys.to_pylist() == ["0", "1", "2", "3"]
 
 
+def test_a_packed_file_keeps_its_optional_columns(folder: Path) -> None:
+    config = make_config(folder, "")
+    packed = folder / "x.inter.gz"
+    packed.write_bytes(gzip.compress((HEADER + "0\t2\t5.0\t11\t0\n").encode()))
+    data = mmrec.read(dataclasses.replace(config, interactions=str(packed)), Quarantine())
+    assert data.log.rating.tolist() == [5.0]
+    assert data.log.timestamp.tolist() == [11]
+
+
+def test_only_whole_numbers_are_numbers(folder: Path) -> None:
+    rows = "0\t0\t1\t1\t0\n1.0\t1\t1\t1\t0\n1.7\t0\t1\t1\t0\n1\t0.9\t1\t1\t0\n1\t2\t1\t1\t0.5\n"
+    quarantine = Quarantine()
+    rows += "2020-02-01\t0\t1\t1\t0\n"
+    data = mmrec.read(make_config(folder, HEADER + rows), quarantine)
+    assert data.log.user.tolist() == [0, 1]
+    assert quarantine.reasons() == {
+        "interactions": {"missing_user": 2, "missing_item": 1, "bad_split_label": 1}
+    }
+
+
 def test_bad_rows_are_listed(folder: Path) -> None:
     rows = "0\t0\t1\t1\t0\n0\t4\t1\t1\t0\nx\t1\t1\t1\t0\n0\t1\t1\t1\t3\n0\t-1\t1\t1\t0\n0\t1\n"
     quarantine = Quarantine()
@@ -72,6 +94,7 @@ def test_bad_rows_are_listed(folder: Path) -> None:
     [
         (HEADER, "holds no interaction"),
         (HEADER + "a\tb\t1\t1\t0\n", "no row of .* can be used"),
+        (HEADER + "999999999999\t0\t1\t1\t0\n", "userID 999999999999 in 1 rows.*densely"),
         ("user\titem\n0\t0\n", "no column 'userID'"),
         ("", "no column|cannot be read"),
     ],
@@ -99,3 +122,17 @@ def test_every_item_needs_a_key_of_its_own(folder: Path) -> None:
     (folder / "few.csv").write_text("itemID,asin\n0,A\n1,A\n2,C\n3,D\n")
     with pytest.raises(UserError, match="a key of its own"):
         mmrec.read(make_config(folder, HEADER + "0\t0\t1\t1\t0\n", keys="few.csv"), Quarantine())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("itemID,asin\n", "has a header and no rows"),
+        ("itemID,itemID,asin\n0,0,A\n", "has 2 columns 'itemID'"),
+        ("itemID,asin,asin\n0,A,A\n", "one column of keys are needed"),
+    ],
+)
+def test_a_mistaken_file_of_keys_is_named(folder: Path, content: str, message: str) -> None:
+    (folder / "wrong.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        mmrec.read(make_config(folder, HEADER + "0\t0\t1\t1\t0\n", keys="wrong.csv"), Quarantine())

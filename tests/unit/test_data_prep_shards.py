@@ -164,6 +164,13 @@ def test_a_shard_killed_half_way_leaves_nothing_behind(
     assert not plan.is_done(0)
 
 
+def test_a_torn_tar_has_the_name_that_publishing_drops(tmp_path: Path) -> None:
+    with shards.TarWriter(tmp_path) as tar:
+        tar.add("a.json", b"{}")
+        torn = list(tmp_path.iterdir())  # what a killed worker leaves
+        assert torn == list(tmp_path.glob(".*.writing"))
+
+
 def test_tables_have_the_schema_of_the_contract(raw: Path, tmp_path: Path) -> None:
     plan = prepare(raw, tmp_path / "out", max_rows=100)
     kinds = {"items": schema.ITEMS, "samples": schema.SAMPLES, "quarantine": schema.QUARANTINE}

@@ -1,4 +1,4 @@
-"""Splits: the rule per user, independence of order, and the check for leaks."""
+"""Splits: the rule per user, what the random one depends on, and the check for leaks."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_sizes_follow_the_published_rule_for_every_user(strategy: str) -> None:
         assert tuple(counts) == paper_sizes(n)
 
 
-def test_random_split_ignores_the_order_of_the_log() -> None:
+def test_random_split_is_a_function_of_seed_user_index_and_item_index() -> None:
     log = make_log([12] * 20)
     order = np.random.default_rng(5).permutation(len(log))
     labels = splits.split(log, SplitConfig())

@@ -73,6 +73,8 @@ def test_many_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None
         (pa.array([1, None, 30]), ["1", None, "30"]),
         (pa.array([1.0, None, 30.0]), ["1", None, "30"]),
         (pa.array([1.5, 2.0]), ["1.5", "2"]),
+        (pa.array([float("nan"), 7.0, None, 1e300]), [None, "7", None, "1e+300"]),
+        (pa.array([0.5, 3.0, float("nan")], pa.float32()), ["0.5", "3", None]),
         (pa.array(["a", None]), ["a", None]),
         (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
         (pa.array([["a", "b"], [], None, [None, "c"]]), ["a, b", "", None, "c"]),
@@ -85,6 +87,35 @@ def test_many_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None
 )
 def test_columns_of_any_type_become_text(values: Any, expected: Any) -> None:
     assert tables.as_text(pa.chunked_array([values])).to_pylist() == expected
+
+
+def test_a_missing_key_is_no_text_in_json_either(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"key": NaN}\n{"key": 7.0}\n')
+    rows, _ = read(tmp_path / "t.jsonl", Columns("s", text=("key",)))
+    assert [row["key"] for row in rows] == [None, "7"]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.binary()])
+def test_other_columns_are_numbers_dates_or_strings(tmp_path: Path, kind: pa.DataType) -> None:
+    table = pa.table(
+        {
+            "text": pa.array(["1", None], pa.string()).cast(kind),
+            "category": pa.array(["1", None]).dictionary_encode(),
+            "number": pa.array([1, None]).dictionary_encode(),
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    columns = Columns("s", text=(), other=("text", "category", "number"))
+    rows, _ = read(tmp_path / "t.parquet", columns)
+    assert list(rows[0].values()) == ["1", "1", 1]
+    assert list(rows[1].values()) == [None] * 3
+
+
+@pytest.mark.parametrize("kind", [pa.time64("us"), pa.duration("s"), pa.list_(pa.int64())])
+def test_a_column_of_no_number_date_or_text_is_named(tmp_path: Path, kind: pa.DataType) -> None:
+    pq.write_table(pa.table({"when": pa.nulls(2, kind)}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"the column 'when', which the.setting names, holds"):
+        read(tmp_path / "t.parquet", Columns("the.setting", text=(), other=("when",)))
 
 
 def test_strings_with_invalid_bytes_are_repaired(tmp_path: Path) -> None:
@@ -128,6 +159,44 @@ def test_a_missing_column_names_the_nearest(tmp_path: Path, suffix: str) -> None
         UserError, match=r"no column 'nam', which the.setting names. Did you mean n"
     ):
         read(tmp_path / f"t.{suffix}", Columns("the.setting", text=("key", "nam")))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path, suffix: str) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["key", "key"])
+    if suffix == "csv":
+        pyarrow.csv.write_csv(table, tmp_path / "t.csv")
+    else:
+        pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"has 2 columns 'key': which of them the.setting names"):
+        read(tmp_path / f"t.{suffix}", Columns("the.setting", text=("key",)))
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.csv.gz", "t.csv.zst"])
+def test_names_of_columns_are_read_as_the_rows_are(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    assert tables.column_names(locations.find([str(tmp_path / name)])[0]) == list(ROWS[0])
+
+
+def test_json_lines_have_no_header(tmp_path: Path) -> None:
+    write(tmp_path / "t.jsonl")
+    with pytest.raises(UserError, match=r"\.jsonl is none of a table with a header"):
+        tables.column_names(locations.find([str(tmp_path / "t.jsonl")])[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [
+        ("cat.v2", "cat.v2"),
+        ("cat.v2/items.csv", "cat.v2"),
+        ("cat.v2/items", "cat.v2"),
+        ("cat.v2/part-*", "cat.v2"),
+        ("cat.*/*.csv", "."),
+    ],
+)
+def test_the_folder_of_a_table_is_where_it_lies(tmp_path: Path, path: str, folder: str) -> None:
+    (tmp_path / "cat.v2").mkdir()
+    assert Path(locations.folder_of(str(tmp_path / path))) == tmp_path / folder
 
 
 @pytest.mark.parametrize(
