@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float32
+from numpy.lib.format import open_memmap
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -49,7 +50,7 @@ def read_features(folder: Path, *, num_items: int) -> Float32[Tensor, "num_items
     """
     path = folder / FEATURES
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        table = open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}). Delete {folder} and run its stage again."

@@ -9,4 +9,5 @@ STAGE = Stage(
     run="alignrec.features.extraction:run",
     inputs=("dataset",),
     optional_inputs=("encoder",),
+    version=2,  # 2: pooled halves are centred apart
 )

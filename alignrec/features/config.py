@@ -23,7 +23,9 @@ class ExtractionConfig:
     """How the encoder's output becomes one row per item."""
 
     pooling: Literal["cls", "mean"] = option(
-        "cls", "cls: the CLS state (the paper's); mean: patch mean beside token mean"
+        "cls",
+        "cls: the CLS state (the paper's); mean: patch mean beside token mean, each centred and "
+        "whitened on its own, so that the half of an absent modality stays zero",
     )
     center: bool = option(True, "subtract the column means over all items with content")
     whiten: float = option(

@@ -4,12 +4,14 @@ Batches are fixed ranges of items and ranks take contiguous ranges of batches, s
 on the number of ranks; batches that are done are marked, so a killed run goes on.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.format import open_memmap
 
 from alignrec import artifacts, configuration
 from alignrec.data import schema
@@ -17,8 +19,13 @@ from alignrec.data.loader import ItemBatch, ItemReader, Loader, MicroBatch
 from alignrec.data.order import permutation_key, permute
 from alignrec.data.shards import SampleTable, ShardReader
 from alignrec.distributed.peers import lost_peers_reported
-from alignrec.distributed.process_group import Rank, barrier, process_group
-from alignrec.errors import UserError
+from alignrec.distributed.process_group import (
+    Rank,
+    barrier,
+    process_group,
+    rank_from_environment,
+)
+from alignrec.errors import StageFailure, UserError
 from alignrec.features import rows
 from alignrec.features.config import ExtractionConfig, FeaturesConfig
 from alignrec.features.importing import write_imported
@@ -33,29 +40,21 @@ _HIDE_STREAM = 5  # stream number of the hiding permutation
 
 def run(config: FeaturesConfig, context: Context) -> None:
     """Extract or import on this rank; rank 0 writes the artifact."""
-    with (
-        process_group(timeout_seconds=config.timeout_seconds) as rank,
-        Telemetry(context.log_dir, "features", enabled=rank.is_first) as telemetry,
-        lost_peers_reported(rank, doing="extracting features"),
-    ):
-        _check_sources(config, context)
+    rank = rank_from_environment()
+    _check_sources(config, context)
+    with Telemetry(context.log_dir, "features", enabled=rank.is_first) as telemetry:
         telemetry.rewind(0)
-        if rank.is_first:
-            artifacts.open_draft(context.output, fingerprint=context.fingerprint)
-        barrier(rank)
-        draft = artifacts.Draft(artifacts.partial_path(context.output))
-        num_items = artifacts.read(context.inputs["dataset"]).counts["num_items"]
-        if not config.files:
-            dim = _extract(config, context, draft, rank, telemetry)
-        elif rank.is_first:
-            dim = write_imported(config.files, draft.path, num_items=num_items, dtype=config.dtype)
-        barrier(rank)
-        if rank.is_first:
-            draft.counts |= {"num_items": num_items, "dim": dim}
-            draft.facts["source"] = "files" if config.files else "encoder"
-            telemetry.say(f"{num_items:,} rows of {dim} numbers")
-            _publish(draft, config, context)
-        barrier(rank)
+        with (
+            process_group(timeout_seconds=config.timeout_seconds),
+            lost_peers_reported(rank, doing="extracting features"),
+        ):
+            if rank.is_first:
+                artifacts.open_draft(context.output, fingerprint=context.fingerprint)
+            barrier(rank)
+            draft = artifacts.Draft(artifacts.partial_path(context.output))
+            files = None if config.files else _extract(config, context, draft, rank, telemetry)
+        if rank.is_first:  # the peers do not wait: this may take longer than the timeout
+            _write_artifact(files, config, context, draft, telemetry)
 
 
 def _check_sources(config: FeaturesConfig, context: Context) -> None:
@@ -71,7 +70,23 @@ def _check_sources(config: FeaturesConfig, context: Context) -> None:
         )
 
 
-def _publish(draft: artifacts.Draft, config: FeaturesConfig, context: Context) -> None:
+def _write_artifact(
+    files: "_WorkFiles | None",
+    config: FeaturesConfig,
+    context: Context,
+    draft: artifacts.Draft,
+    telemetry: Telemetry,
+) -> None:
+    """Write and publish the features of the work files, or imported ones without any."""
+    dataset = context.inputs["dataset"]
+    num_items = artifacts.read(dataset).counts["num_items"]
+    if files is None:
+        dim = write_imported(config.files, draft.path, num_items=num_items, dtype=config.dtype)
+    else:
+        dim = _write_final(files, content_mask(dataset, config.extraction), config, draft.path)
+    draft.counts |= {"num_items": num_items, "dim": dim}
+    draft.facts["source"] = "files" if config.files else "encoder"
+    telemetry.say(f"{num_items:,} rows of {dim} numbers")
     artifacts.publish(
         draft,
         context.output,
@@ -88,8 +103,8 @@ def _extract(
     draft: artifacts.Draft,
     rank: Rank,
     telemetry: Telemetry,
-) -> int:
-    """Encode all items; returns the number of columns."""
+) -> "_WorkFiles":
+    """Encode all items, every rank its share."""
     dataset = context.inputs["dataset"]
     encoder = load_encoder(context.inputs["encoder"]).to(rank.device)
     table = SampleTable.read(dataset)
@@ -99,13 +114,11 @@ def _extract(
     if rank.is_first:
         files.create()
     barrier(rank)
-    reader = _item_reader(context, encoder, table)
     worker = _Worker(encoder, mask, config, rank, telemetry)
-    worker.encode_range(files, reader, table)
+    with contextlib.closing(ShardReader(dataset, table)) as shards:
+        worker.encode_range(files, _item_reader(context, encoder, shards), table)
     barrier(rank)
-    if rank.is_first:
-        _write_final(files, mask, config, draft.path)
-    return dim
+    return files
 
 
 def content_mask(dataset: Path, config: ExtractionConfig) -> npt.NDArray[np.bool_]:
@@ -151,13 +164,13 @@ class _WorkFiles:
             rows.create(self.done, (self.num_batches, 1), "bool")
 
 
-def _item_reader(context: Context, encoder: Encoder, table: SampleTable) -> ItemReader:
+def _item_reader(context: Context, encoder: Encoder, shards: ShardReader) -> ItemReader:
     architecture = encoder.architecture
     words = load_words(
         context.inputs["encoder"] / TOKENIZER, max_length=architecture.max_text_tokens
     )
     return ItemReader(
-        ShardReader(context.inputs["dataset"], table),
+        shards,
         words,
         image_size=architecture.image_size,
         padding_id=words.padding_id,
@@ -176,8 +189,8 @@ class _Worker:
 
     def encode_range(self, files: _WorkFiles, reader: ItemReader, table: SampleTable) -> None:
         """Fill in the batches that are not done yet."""
-        raw = np.load(files.raw, mmap_mode="r+")
-        done = np.load(files.done, mmap_mode="r+")
+        raw = open_memmap(files.raw, mode="r+")
+        done = open_memmap(files.done, mode="r+")
         index, size = self.rank.index, self.rank.world_size
         mine = range(files.num_batches * index // size, files.num_batches * (index + 1) // size)
         left = [number for number in mine if not done[number]]
@@ -192,8 +205,10 @@ class _Worker:
         with self.telemetry.progress(len(mine) * items, "items", done=finished) as progress:
             for number, batch in zip(left, loader.batches(batches), strict=True):
                 raw[batch.item_index] = self.encode(batch)
-                done[number] = True  # after the rows: both live in the page cache, in this order
+                raw.flush()  # a mark must not reach storage before the rows
+                done[number] = True
                 progress.update(len(batch.item_index))
+        done.flush()
 
     @torch.no_grad()
     def encode(self, batch: ItemBatch) -> npt.NDArray[np.float32]:
@@ -217,16 +232,58 @@ class _Worker:
 
 def _write_final(
     files: _WorkFiles, mask: npt.NDArray[np.bool_], config: FeaturesConfig, folder: Path
-) -> None:
-    """Centre, whiten and scale the raw rows into the artifact."""
+) -> int:
+    """Centre, whiten and scale the raw rows into the artifact; returns the number of columns."""
+    if left := int((~np.load(files.done)).sum()):
+        raise StageFailure(
+            f"{left} of {files.num_batches} batches of features never reached {files.done}, so "
+            f"their rows are missing. Put the output on storage that all hosts share and run the "
+            f"same command again: it resumes."
+        )
     raw: rows.Matrix = np.load(files.raw, mmap_mode="r")
-    present: npt.NDArray[np.bool_] = np.logical_or(mask[:, 0], mask[:, 1])
     chosen = config.extraction
-    means = rows.column_means(raw, present) if chosen.center else np.zeros(raw.shape[1])
-    turn = rows.whitening(raw, present, means, strength=chosen.whiten) if chosen.whiten else None
+    parts = _Part.of(raw, mask, chosen)
     features = rows.create(folder / rows.FEATURES, files.shape, config.dtype)
     for block in rows.blocks(len(raw)):
-        centred = (raw[block] - means) * present[block, None]
-        part: rows.Floats = (centred if turn is None else centred @ turn).astype(np.float32)
-        features[block] = rows.unit_rows(part) if chosen.normalise else part
+        result = np.concatenate([part.finish(raw, block) for part in parts], axis=1)
+        features[block] = rows.unit_rows(result) if chosen.normalise else result
     np.save(folder / rows.MASK, mask)
+    return files.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Columns that are centred and whitened together: all of them, or the half of a modality.
+
+    Apart, because the mean would otherwise show in the zeros of an absent modality.
+    """
+
+    columns: slice
+    present: npt.NDArray[np.bool_]
+    means: npt.NDArray[np.float64]
+    turn: npt.NDArray[np.float64] | None
+
+    @classmethod
+    def of(
+        cls, raw: rows.Matrix, mask: npt.NDArray[np.bool_], config: ExtractionConfig
+    ) -> "list[_Part]":
+        owners = mask.T if config.pooling == "mean" else [mask.any(axis=1)]
+        width = raw.shape[1] // len(owners)
+        parts = []
+        for number, present in enumerate(owners):
+            columns = slice(number * width, (number + 1) * width)
+            part = raw[:, columns]
+            means = rows.column_means(part, present) if config.center else np.zeros(width)
+            turn = None
+            if config.whiten:
+                turn = rows.whitening(part, present, means, strength=config.whiten)
+            parts.append(cls(columns, present, means, turn))
+        return parts
+
+    def finish(self, raw: rows.Matrix, block: slice) -> rows.Floats:
+        """Return the finished columns of a block of rows."""
+        centred = (raw[block, self.columns] - self.means) * self.present[block, None]
+        result: rows.Floats = (centred if self.turn is None else centred @ self.turn).astype(
+            np.float32
+        )
+        return result

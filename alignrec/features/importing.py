@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.format import open_memmap
 
 from alignrec.errors import UserError
 from alignrec.features import rows
@@ -40,7 +41,7 @@ def write_imported(
 
 def _open(path: Path, num_items: int) -> rows.Matrix:
     try:
-        matrix: rows.Matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+        matrix: rows.Matrix = open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(
             f"features.files: cannot read {path} ({error}). Give the path of a .npy file."

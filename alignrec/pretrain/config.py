@@ -1,9 +1,11 @@
 """Settings of stage 1: encoder, objective, tokenizer, optimisation, DeepSpeed and loading."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Literal
 
+from alignrec import configuration
 from alignrec.configuration import option
 from alignrec.errors import UserError
 from alignrec.pretrain.architecture import Architecture
@@ -104,6 +106,18 @@ class TokenizerConfig:
         "texts", "token embeddings start from which tokens share texts, or at random"
     )
 
+    def __post_init__(self) -> None:
+        """Refuse a setting that another one makes idle.
+
+        Raises:
+            UserError: a size for a tokenizer that is not trained.
+        """
+        if self.path is not None and self.vocabulary_size != TokenizerConfig.vocabulary_size:
+            raise UserError(
+                f"pretrain.tokenizer.vocabulary_size={self.vocabulary_size} has no effect on "
+                f"{self.path}, which is not trained here. Leave one of the two out."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
@@ -170,8 +184,17 @@ class PretrainConfig:
     )
     log_steps: int = option(10, "optimizer steps between log rows", minimum=1, affects_result=False)
     timeout_seconds: float = option(
-        300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False
+        300.0,
+        "how long a rank waits for a silent peer; more than rank 0 takes to train the tokenizer",
+        minimum=1,
+        affects_result=False,
     )
+
+    def source_identity(self) -> str:
+        """Return a digest of the given tokenizer's content."""
+        path = self.tokenizer.path
+        given = path.read_bytes() if path is not None and path.is_file() else b""
+        return configuration.digest(hashlib.sha256(given).hexdigest())
 
     def split_batch(self, num_ranks: int) -> tuple[int, int]:
         """Return (micro batch size, accumulation) for this number of ranks.

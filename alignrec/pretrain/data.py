@@ -37,6 +37,11 @@ class TrainingData:
     train_reader: ItemReader
     whole_reader: ItemReader
     masks: MaskSettings
+    shards: ShardReader
+
+    def close(self) -> None:
+        """Close the shards."""
+        self.shards.close()
 
     def training_batch(self, batch: MicroBatch) -> MaskedBatch:
         """Read, crop, tokenise and mask one micro batch."""
@@ -65,7 +70,7 @@ def open_training_data(
     table = SampleTable.read(dataset)
     split = split_rows(table, config)
     micro, accumulation = config.split_batch(num_ranks)
-    reader = ShardReader(dataset, table)
+    shards = ShardReader(dataset, table)
     size = config.encoder.image_size
     return TrainingData(
         plan=Plan(
@@ -80,14 +85,15 @@ def open_training_data(
         ),
         split=split,
         train_reader=ItemReader(
-            reader,
+            shards,
             words,
             image_size=size,
             padding_id=words.padding_id,
             augment_seed=config.seed,
         ),
-        whole_reader=ItemReader(reader, words, image_size=size, padding_id=words.padding_id),
+        whole_reader=ItemReader(shards, words, image_size=size, padding_id=words.padding_id),
         masks=mask_settings(config, words),
+        shards=shards,
     )
 
 

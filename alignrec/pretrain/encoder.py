@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
 from jaxtyping import Bool, Float, Int64, UInt8
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -159,13 +160,13 @@ def load_encoder(folder: Path) -> Encoder:
     """Return the encoder of an artifact, on CPU and in evaluation mode.
 
     Raises:
-        UserError: the weights do not fit the architecture.
+        UserError: the weights are damaged or do not fit the architecture.
     """
     mapping = configuration.load_yaml(folder / ARCHITECTURE)  # JSON is YAML
     encoder = Encoder(configuration.build(Architecture, mapping, section=ARCHITECTURE))
     try:
         encoder.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder / WEIGHTS} does not hold the weights of {ARCHITECTURE} beside it "
             f"({str(error).splitlines()[0]}). Run pretrain again."

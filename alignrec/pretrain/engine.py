@@ -49,6 +49,11 @@ class Engine:
         module: MaskedModel = self._engine.module
         return module
 
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that ZeRO 1-3 left out without a word: the gradient's norm was not finite."""
+        return int(self._engine.skipped_steps)
+
     def forward(self, batch: MaskedBatch) -> tuple[Tensor, Predictions]:
         """Return the model's loss sums and predictions."""
         result: tuple[Tensor, Predictions] = self._engine(batch)

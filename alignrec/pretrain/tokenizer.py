@@ -40,7 +40,7 @@ class Words:
     @property
     def vocabulary_size(self) -> int:
         """One past the largest id."""
-        return int(self.tokenizer.get_vocab_size())
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     @property
     def first_word_id(self) -> int:
@@ -79,7 +79,7 @@ def train(texts: Iterator[str], vocabulary_size: int) -> Tokenizer:
 def write_tokenizer(dataset: Path, config: TokenizerConfig, target: Path) -> None:
     """Put the configured tokenizer at ``target`` (rank 0 calls it)."""
     if config.path is None:
-        train(_texts(dataset), config.vocabulary_size).save(str(target))
+        train(filter(None, read_texts(dataset)), config.vocabulary_size).save(str(target))
     else:
         _read(config.path).save(str(target))
 
@@ -88,7 +88,7 @@ def load_words(path: Path, *, max_length: int) -> Words:
     """Read a tokenizer.json.
 
     Raises:
-        UserError: no such file, or it lacks one of the special tokens.
+        UserError: no such file, or its special tokens are absent or come after words.
     """
     tokenizer = _read(path)
     tokenizer.no_truncation()
@@ -100,7 +100,20 @@ def load_words(path: Path, *, max_length: int) -> Words:
             f"{path} has no token {' '.join(sorted(missing))}, which masking needs. Use a "
             f"tokenizer with {' '.join(SPECIAL)}, or leave tokenizer.path out to train one."
         )
-    return Words(tokenizer, max_length, ids[START], ids[END], ids[PADDING], ids[MASK])
+    words = Words(tokenizer, max_length, ids[START], ids[END], ids[PADDING], ids[MASK])
+    _refuse_words_below(words.first_word_id, tokenizer, path)
+    return words
+
+
+def _refuse_words_below(first_word_id: int, tokenizer: Tokenizer, path: Path) -> None:
+    ids = tokenizer.get_vocab()
+    low = [word for word, number in ids.items() if number < first_word_id and word not in SPECIAL]
+    if low:
+        raise UserError(
+            f"{path} has {len(low)} words (such as {min(low)!r}) before the last of {START} "
+            f"{PADDING} {END}, which would never be masked. Use a tokenizer whose special tokens "
+            f"come first, or leave pretrain.tokenizer.path out to train one."
+        )
 
 
 def _read(path: Path) -> Tokenizer:
@@ -113,7 +126,8 @@ def _read(path: Path) -> Tokenizer:
         ) from error
 
 
-def _texts(dataset: Path) -> Iterator[str]:
+def read_texts(dataset: Path) -> Iterator[str]:
+    """Yield the text of every item, in item_index order; empty where there is none."""
     file = pq.ParquetFile(dataset / "items.parquet")
     for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["text"]):
-        yield from (text for text in batch["text"].to_pylist() if text)
+        yield from batch["text"].to_pylist()

@@ -1,11 +1,12 @@
 """Stage 1: train the encoder by mask-then-predict (dataset -> encoder)."""
 
+import contextlib
 import math
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,13 @@ from torch import Tensor
 
 from alignrec import artifacts, checkpoint, configuration
 from alignrec.distributed.peers import lost_peers_reported
-from alignrec.distributed.process_group import Rank, all_reduce_sum, barrier, process_group
+from alignrec.distributed.process_group import (
+    Rank,
+    all_reduce_sum,
+    barrier,
+    process_group,
+    rank_from_environment,
+)
 from alignrec.errors import StageFailure
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
@@ -39,22 +46,35 @@ _ITEMS_NAMED = 8
 
 def run(config: PretrainConfig, context: Context) -> None:
     """Train on this rank; rank 0 writes the artifact."""
-    with (
-        process_group(timeout_seconds=config.timeout_seconds) as rank,
-        deepspeed_group(),
-        Telemetry(context.log_dir, "pretrain", enabled=rank.is_first) as telemetry,
-        lost_peers_reported(rank, doing="pretraining"),
-    ):
-        config.split_batch(rank.world_size)  # a mistake here is told before anything is written
-        draft = _open_draft(config, context, rank)
-        words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
-        data = open_training_data(
-            context.inputs["dataset"], config, words, num_ranks=rank.world_size
-        )
+    rank = rank_from_environment()
+    with Telemetry(context.log_dir, "pretrain", enabled=rank.is_first) as telemetry:
+        with (
+            process_group(timeout_seconds=config.timeout_seconds),
+            deepspeed_group(),
+            lost_peers_reported(rank, doing="pretraining"),
+        ):
+            config.split_batch(rank.world_size)  # a mistake here is told before anything is written
+            draft = _open_draft(config, context, rank)
+            trainer, weights = _train(config, context, draft, rank, telemetry)
+        if rank.is_first:  # the peers do not wait: checksums may take longer than the timeout
+            _publish(trainer, weights, draft, context)
+
+
+def _train(
+    config: PretrainConfig,
+    context: Context,
+    draft: artifacts.Draft,
+    rank: Rank,
+    telemetry: Telemetry,
+) -> tuple["Trainer", dict[str, Tensor]]:
+    """Train and judge the model; returns the encoder's weights, on rank 0 alone."""
+    words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
+    opened = open_training_data(context.inputs["dataset"], config, words, num_ranks=rank.world_size)
+    with contextlib.closing(opened) as data:
         trainer = Trainer(config, data, words, rank, telemetry, draft.path)
         trainer.resume()
         trainer.train()
-        _finish(trainer, draft, context)
+        return trainer, _finish(trainer, draft)
 
 
 def _open_draft(config: PretrainConfig, context: Context, rank: Rank) -> artifacts.Draft:
@@ -100,7 +120,7 @@ class Trainer:
         self.num_steps = config.epochs * data.plan.steps_per_epoch
         if config.max_steps is not None:
             self.num_steps = min(self.num_steps, config.max_steps)
-        self.samples_per_second = 0.0
+        self.samples_per_second: float | None = None  # known when this process has trained
         self.engine: Engine
 
     def resume(self) -> None:
@@ -164,7 +184,7 @@ class Trainer:
             self.checkpoints,
             self.step,
             tensors=own,
-            state={"num_steps": self.num_steps},
+            state={},
             rank=self.rank,
         )
 
@@ -192,7 +212,12 @@ class Trainer:
         *losses_sums, hits_sum, num_items = all_reduce_sum(sums, self.rank).tolist()
         self.step += 1
         if not math.isfinite(sum(losses_sums)):
-            self._stop_at_nan(bad_items)
+            self._stop(
+                f"the loss is not a number at step {self.step} (among item_index "
+                f"{self._named(bad_items)})"
+            )
+        if self.engine.num_skipped_steps:
+            self._stop(f"the gradient is not finite at step {self.step}")
         means = [s * float(f) for s, f in zip(losses_sums, scale, strict=True)]
         return {
             "loss": sum(
@@ -206,16 +231,18 @@ class Trainer:
             "num_items": num_items,
         }
 
-    def _stop_at_nan(self, bad_items: Tensor) -> None:
-        """Fail on every rank, because the loss of one of them is not a number."""
+    def _named(self, bad_items: Tensor) -> str:
+        """Return the items of all ranks in a row."""
         lists = [bad_items.clone().to(self.rank.device) for _ in range(self.rank.world_size)]
         if self.rank.world_size > 1:
             dist.all_gather(lists, lists[self.rank.index])
         items = sorted({int(i) for part in lists for i in part.tolist() if i >= 0})
+        return ", ".join(map(str, items))
+
+    def _stop(self, fault: str) -> NoReturn:
         raise StageFailure(
-            f"the loss is not a number at step {self.step} (among item_index "
-            f"{', '.join(map(str, items))}), so training cannot go on; the last checkpoint is "
-            f"whole. Lower pretrain.learning_rate or pretrain.max_gradient_norm and run again."
+            f"{fault}, so training cannot go on. Lower pretrain.learning_rate or "
+            f"pretrain.max_gradient_norm; with changed settings training starts afresh."
         )
 
     def _describe(self, model: MaskedModel, *, resumed: bool) -> None:
@@ -238,33 +265,36 @@ def _load_state(found: checkpoint.Checkpoint) -> dict[str, Tensor]:
     return state
 
 
-def _finish(trainer: Trainer, draft: artifacts.Draft, context: Context) -> None:
-    """Judge the trained model and publish the artifact."""
-    rank, data, telemetry = trainer.rank, trainer.data, trainer.telemetry
+def _finish(trainer: Trainer, draft: artifacts.Draft) -> dict[str, Tensor]:
+    """Judge the trained model and return the encoder's weights; every rank takes part."""
+    rank, data = trainer.rank, trainer.data
     judged = judge(trainer.engine, data, rank, batch_size=data.plan.micro_batch_size)
     for line in _verdict(judged):
-        telemetry.say(line)
+        trainer.telemetry.say(line)
+    draft.facts |= _facts(trainer, judged)
     write_reconstructions(trainer.engine, data, trainer.words, rank, draft.path)
-    weights = {name: tensor.cpu() for name, tensor in _kept(trainer.engine, rank)}
-    if rank.is_first:
-        encoder = trainer.engine.model.encoder
-        save_encoder(encoder.architecture, draft.path, weights)
-        shutil.copyfile(telemetry.path, draft.path / HISTORY)
-        draft.counts |= {
-            "num_parameters": sum(tensor.numel() for tensor in weights.values()),
-            "num_steps": trainer.num_steps,
-            "num_samples": len(data.plan.rows),
-        }
-        draft.facts |= _facts(trainer, judged)
-        artifacts.publish(
-            draft,
-            context.output,
-            kind="encoder",
-            fingerprint=context.fingerprint,
-            config=configuration.to_mapping(trainer.config),
-            inputs=context.inputs,
-        )
-    barrier(rank)
+    return {name: tensor.cpu() for name, tensor in _kept(trainer.engine, rank)}
+
+
+def _publish(
+    trainer: Trainer, weights: dict[str, Tensor], draft: artifacts.Draft, context: Context
+) -> None:
+    """Write the artifact (rank 0 calls it)."""
+    save_encoder(trainer.engine.model.encoder.architecture, draft.path, weights)
+    shutil.copyfile(trainer.telemetry.path, draft.path / HISTORY)
+    draft.counts |= {
+        "num_parameters": sum(tensor.numel() for tensor in weights.values()),
+        "num_steps": trainer.num_steps,
+        "num_samples": len(trainer.data.plan.rows),
+    }
+    artifacts.publish(
+        draft,
+        context.output,
+        kind="encoder",
+        fingerprint=context.fingerprint,
+        config=configuration.to_mapping(trainer.config),
+        inputs=context.inputs,
+    )
 
 
 def _kept(engine: Engine, rank: Rank) -> Iterator[tuple[str, Tensor]]:
@@ -275,13 +305,15 @@ def _kept(engine: Engine, rank: Rank) -> Iterator[tuple[str, Tensor]]:
 
 
 def _facts(trainer: Trainer, judged: dict[str, float]) -> dict[str, Any]:
-    return {
+    facts = {
         "held_out": judged,
         "num_held_out": len(trainer.data.split.held_out),
-        "samples_per_second": round(trainer.samples_per_second, 2),
         "num_ranks": trainer.rank.world_size,
         "zero_stage": trainer.config.zero_stage,
     }
+    if trainer.samples_per_second is not None:
+        facts["samples_per_second"] = round(trainer.samples_per_second, 2)
+    return facts
 
 
 def _verdict(judged: dict[str, float]) -> Iterator[str]:

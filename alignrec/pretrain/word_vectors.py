@@ -2,23 +2,24 @@
 
 A transformer that starts from random token embeddings needs many steps to find out that two words
 belong together; the counts say it at once. So embeddings start as the leading factors of the
-positive pointwise mutual information of tokens within texts (Levy & Goldberg 2014), as long as no
-pretrained weights are given.
+positive pointwise mutual information of tokens within texts (Levy & Goldberg 2014), because
+training starts from scratch.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignrec.data.schema import read_items
-from alignrec.pretrain.tokenizer import Words
+from alignrec.pretrain.tokenizer import Words, read_texts
 
 Floats = npt.NDArray[np.float32]
 
@@ -31,8 +32,9 @@ _SPARE_COLUMNS = 16
 
 def write_word_vectors(dataset: Path, words: Words, target: Path, *, width: int, seed: int) -> None:
     """Write the vectors of a dataset's texts by rename (rank 0 calls it)."""
-    texts = _token_ids(dataset, words)
-    vectors = word_vectors(texts, vocabulary_size=words.vocabulary_size, width=width, seed=seed)
+    vectors = word_vectors(
+        _token_ids(dataset, words), vocabulary_size=words.vocabulary_size, width=width, seed=seed
+    )
     spare = target.with_suffix(".writing")
     save_file({"vectors": torch.from_numpy(vectors)}, spare)
     spare.replace(target)
@@ -45,10 +47,9 @@ def read_word_vectors(path: Path) -> Float[Tensor, "vocabulary width"]:
 
 def _token_ids(dataset: Path, words: Words) -> Iterator[list[int]]:
     """Yield the token ids of the texts, of every n-th where there are very many."""
-    column = read_items(dataset, ["text"])["text"]
-    stride = -(-max(len(column), 1) // _MAX_TEXTS)
-    for row in range(0, len(column), stride):
-        yield words(column[row].as_py())
+    num_texts = pq.read_metadata(dataset / "items.parquet").num_rows
+    stride = -(-max(num_texts, 1) // _MAX_TEXTS)
+    yield from map(words, itertools.islice(read_texts(dataset), 0, None, stride))
 
 
 def word_vectors(

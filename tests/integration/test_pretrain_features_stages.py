@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from alignrec import artifacts, configuration
 from alignrec.data.shards import SampleTable
+from alignrec.errors import StageFailure
 from alignrec.features import STAGE as FEATURES
 from alignrec.features import extraction
 from alignrec.features.config import FeaturesConfig
@@ -126,12 +128,48 @@ def test_rows_do_not_depend_on_the_number_of_ranks(
     run_ranks(extract_raw, 3, dataset, encoder, tmp_path / "three")
     one, three = (np.load(tmp_path / n / "features.npy") for n in ("one", "three"))
     assert one.shape == (48, 16)
+    shards = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in shards if path.is_relative_to(dataset)]  # all closed
     np.testing.assert_allclose(three, one, rtol=0, atol=1e-6)
     mask = np.load(tmp_path / "three" / "mask.npy")
     assert np.flatnonzero(~mask[:, 0]).tolist() == [4, 7]
     assert np.flatnonzero(~mask[:, 1]).tolist() == [5, 7]
     assert (one[7] == 0).all()  # neither picture nor text
     assert (np.abs(one[[4, 5]]).sum(axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["features", "encoder"])
+def test_rank_0_publishes_when_its_peers_may_have_left(
+    dataset: Path, encoder: Path, tmp_path: Path, name: str
+) -> None:
+    run_ranks(publish_alone, 2, dataset, encoder, tmp_path / name)
+    assert artifacts.verify(tmp_path / name).kind == name
+
+
+def publish_alone(dataset: Path, encoder: Path, output: Path) -> None:
+    publish = artifacts.publish
+
+    def alone(*args: Any, **named: Any) -> artifacts.Manifest:
+        assert not dist.is_initialized()
+        return publish(*args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifacts, "publish", alone)
+        if output.name == "features":
+            extract_raw(dataset, encoder, output)
+        else:
+            assert (
+                main(PRETRAIN, [*command(dataset, output)[3:], "--set", "pretrain.epochs=1"]) == 0
+            )
+
+
+def test_a_batch_that_was_never_marked_fails_the_stage(
+    dataset: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction._Worker, "encode_range", lambda *_: None)
+    with pytest.raises(StageFailure, match="6 of 6 batches of features never reached"):
+        extract_raw(dataset, encoder, tmp_path / "features")
+    assert not (tmp_path / "features").exists()
 
 
 def test_extraction_goes_on_where_it_was_stopped(
@@ -176,12 +214,16 @@ def test_a_hidden_modality_changes_the_items_that_lose_it_alone(
     np.testing.assert_allclose(hidden[~lost], whole[~lost], rtol=0, atol=1e-6)
 
 
-def test_centred_unit_rows(dataset: Path, encoder: Path, tmp_path: Path) -> None:
-    extract(dataset, encoder, tmp_path / "features", extraction={"pooling": "mean"})
+@pytest.mark.parametrize("whiten", [0.0, 0.75])
+def test_centred_unit_rows(dataset: Path, encoder: Path, tmp_path: Path, whiten: float) -> None:
+    mean = {"pooling": "mean", "whiten": whiten}
+    extract(dataset, encoder, tmp_path / "features", extraction=mean)
     features = np.load(tmp_path / "features" / "features.npy")
     lengths = np.linalg.norm(features, axis=1)
     assert features.shape == (48, 32)
     assert lengths[7] == 0
+    assert np.flatnonzero((features[:, :16] == 0).all(axis=1)).tolist() == [4, 7]
+    assert np.flatnonzero((features[:, 16:] == 0).all(axis=1)).tolist() == [5, 7]
     np.testing.assert_allclose(np.delete(lengths, 7), 1, atol=1e-5)
 
 

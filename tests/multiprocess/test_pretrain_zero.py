@@ -1,6 +1,7 @@
 """Every ZeRO stage on two ranks follows plain AdamW; stopped runs go on as if never stopped."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignrec import configuration
+from alignrec import artifacts, configuration
 from alignrec.distributed.process_group import barrier, process_group
 from alignrec.errors import StageFailure
 from alignrec.pretrain import STAGE, training
@@ -248,3 +249,37 @@ def lose_a_peer(dataset: Path, output: Path) -> str:
     with pytest.raises(StageFailure) as failure:
         pretrain(dataset, output)
     return str(failure.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(dataset: Path, tmp_path: Path) -> None:
+    run_ranks(overflow, 2, dataset, tmp_path)
+
+
+def overflow(dataset: Path, folder: Path) -> None:
+    original = training.Engine.backward
+    group = process_group(timeout_seconds=60)
+    with group, deepspeed_group(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            training.Engine, "backward", lambda self, loss: original(self, loss * math.inf)
+        )
+        for stage in (1, 2, 3):
+            with pytest.raises(StageFailure, match=r"gradient is not finite at step 1, .*afresh"):
+                pretrain(dataset, folder / f"stage_{stage}", zero_stage=stage)
+
+
+def test_a_run_that_only_had_to_be_published_has_no_speed(dataset: Path, tmp_path: Path) -> None:
+    run_ranks(publish_later, 1, dataset, tmp_path / "encoder")
+    facts = artifacts.read(tmp_path / "encoder").facts
+    assert "samples_per_second" not in facts
+    assert facts["num_ranks"] == 1
+
+
+def publish_later(dataset: Path, output: Path) -> None:
+    def vanish(*_: Any) -> None:
+        raise _VanishedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_publish", vanish)
+        with pytest.raises(_VanishedError):
+            pretrain(dataset, output)
+    pretrain(dataset, output)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from alignrec import artifacts, configuration
+from alignrec.data.embeddings import read_features
 from alignrec.errors import UserError
 from alignrec.features import STAGE, extraction
 from alignrec.features.config import ExtractionConfig, FeaturesConfig
@@ -72,11 +73,24 @@ def test_wrong_files_are_told_apart(dataset: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", np.zeros(NUM_ITEMS))
     with pytest.raises(UserError, match=r"shape \(12,\)"):
         import_files(dataset, [{"path": str(tmp_path / "flat.npy"), "modality": "image"}])
+    np.savez(tmp_path / "several.npz", np.zeros((NUM_ITEMS, 2)))
+    with pytest.raises(UserError, match=r"cannot read .*several.npz.*Give the path of a .npy"):
+        import_files(dataset, [{"path": str(tmp_path / "several.npz"), "modality": "image"}])
+    (tmp_path / "empty.npy").touch()
+    with pytest.raises(UserError, match=r"cannot read .*empty.npy"):
+        import_files(dataset, [{"path": str(tmp_path / "empty.npy"), "modality": "image"}])
     bad = np.zeros((NUM_ITEMS, 2))
     bad[7, 1] = np.inf
     np.save(tmp_path / "bad.npy", bad)
     with pytest.raises(UserError, match="infinity in row 7"):
         import_files(dataset, [{"path": str(tmp_path / "bad.npy"), "modality": "image"}])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"])
+def test_damaged_features_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "features.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"features.npy cannot be read"):
+        read_features(tmp_path, num_items=NUM_ITEMS)
 
 
 def test_sources_must_be_named_once(dataset: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from alignrec import configuration
 from alignrec.data.loader import NO_ITEM, ItemBatch
 from alignrec.errors import UserError
+from alignrec.pretrain import STAGE
 from alignrec.pretrain.config import PretrainConfig, TokenizerConfig
 from alignrec.pretrain.data import equal_shares
 from alignrec.pretrain.deepspeed_config import deepspeed_settings
@@ -188,8 +190,12 @@ def test_saved_encoders_come_back_and_foreign_weights_are_refused(tmp_path: Path
     loaded = load_encoder(tmp_path)
     assert loaded.architecture == encoder.architecture
     assert torch.equal(encode(loaded, make_batch()), encode(encoder, make_batch()))
+    cut = (tmp_path / "encoder.safetensors").read_bytes()[:-10]
     mapping = (tmp_path / "encoder.json").read_text().replace('"width": 16', '"width": 32')
     (tmp_path / "encoder.json").write_text(mapping)
+    with pytest.raises(UserError, match="does not hold the weights"):
+        load_encoder(tmp_path)
+    (tmp_path / "encoder.safetensors").write_bytes(cut)
     with pytest.raises(UserError, match="does not hold the weights"):
         load_encoder(tmp_path)
 
@@ -283,6 +289,40 @@ def test_a_tokenizer_without_mask_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken.json is no tokenizer.json"):
         load_words(tmp_path / "broken.json", max_length=12)
+
+
+def test_a_tokenizer_with_words_before_its_special_tokens_is_refused(tmp_path: Path) -> None:
+    save_words(tmp_path / "t.json", ["seed", "<s>", "<pad>", "</s>", "<mask>", "garden"])
+    with pytest.raises(UserError, match="has 1 words \\(such as 'seed'\\) before"):
+        load_words(tmp_path / "t.json", max_length=12)
+
+
+def test_a_vocabulary_ends_after_its_largest_id(tmp_path: Path) -> None:
+    save_words(tmp_path / "t.json", ["<s>", "<pad>", "</s>", "<unk>", "seed"], mask=9)
+    words = load_words(tmp_path / "t.json", max_length=12)
+    assert words.vocabulary_size == 10
+    assert words.first_word_id == 3
+
+
+def save_words(path: Path, words: list[str], **more: int) -> None:
+    ids = {word: number for number, word in enumerate(words)}
+    ids |= {f"<{name}>": number for name, number in more.items()}
+    Tokenizer(models.WordLevel(ids, unk_token="seed")).save(str(path))
+
+
+def test_another_content_of_a_given_tokenizer_makes_the_encoder_stale(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", num_items=4)
+    config = make_config(tokenizer={"path": str(tmp_path / "t.json")})
+    marks = set()
+    for word in ("seed", "garden", "seed"):
+        save_words(tmp_path / "t.json", ["<s>", "<pad>", "</s>", "<mask>", word])
+        marks.add(STAGE.fingerprint(config, {"dataset": dataset}))
+    assert len(marks) == 2
+
+
+def test_a_given_tokenizer_has_its_own_size() -> None:
+    with pytest.raises(UserError, match=r"vocabulary_size=500 has no effect on t.json"):
+        make_config(tokenizer={"path": "t.json", "vocabulary_size": 500})
 
 
 def test_rate_rises_then_falls_to_its_floor() -> None:

@@ -1,7 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from alignrec.pretrain import word_vectors as module
+from alignrec.pretrain.config import TokenizerConfig
+from alignrec.pretrain.tokenizer import load_words, read_texts, write_tokenizer
 from alignrec.pretrain.word_vectors import word_vectors
+from alignrec.testing.datasets import write_dataset
 
 
 def topics(num_texts: int, seed: int) -> list[list[int]]:
@@ -38,3 +44,15 @@ def test_little_text_gives_finite_vectors(texts: list[list[int]]) -> None:
     lengths = np.linalg.norm(vectors, axis=1)
     assert lengths.min() > 0.3
     assert lengths.max() < 2.0
+
+
+def test_every_nth_of_very_many_texts_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = write_dataset(tmp_path / "d", num_items=10, without_text=(3,))
+    write_tokenizer(dataset, TokenizerConfig(vocabulary_size=300), tmp_path / "t.json")
+    words = load_words(tmp_path / "t.json", max_length=40)
+    texts = list(read_texts(dataset))
+    assert list(module._token_ids(dataset, words)) == [words(text) for text in texts]
+    monkeypatch.setattr(module, "_MAX_TEXTS", 4)
+    assert list(module._token_ids(dataset, words)) == [words(text) for text in texts[::3]]
