@@ -1,6 +1,7 @@
 """What stage 2 reads, checked against each other (dataset, features, graph -> trainers)."""
 
 import dataclasses
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from alignrec import artifacts
 from alignrec.align.propagation import SparseMatrix
 from alignrec.data.csr import CSR
+from alignrec.data.embeddings import check_same_dataset
 from alignrec.data.schema import Split, interactions_path, read_interactions
 from alignrec.errors import UserError
 
@@ -48,13 +50,14 @@ class Inputs:
         """
         dataset = artifacts.read(folders["dataset"], "dataset")
         graph = artifacts.read(folders["graph"], "graph")
-        artifacts.read(folders["features"], "features")
-        source = graph.inputs.get("dataset", {}).get("identity")
-        if source != dataset.identity:
-            raise UserError(
-                f"{folders['graph']} was built from another dataset than {folders['dataset']}, so "
-                f"its edges would belong to other users and items. Run the graph stage again."
-            )
+        features_manifest = artifacts.read(folders["features"], "features")
+        check_same_dataset(folders["features"], folders["dataset"])
+        for kind, given in (("dataset", dataset), ("features", features_manifest)):
+            if graph.inputs.get(kind, {}).get("identity") != given.identity:
+                raise UserError(
+                    f"{folders['graph']} was built from another {kind} artifact than "
+                    f"{folders[kind]}, so its edges would not fit. Run the graph stage again."
+                )
         num_items = dataset.counts["num_items"]
         features = _load_array(folders["features"] / "features.npy")
         if features.ndim != 2 or features.shape[0] != num_items:
@@ -78,15 +81,11 @@ class Inputs:
         Raises:
             UserError: the table is absent, or names users or items that the dataset has not.
         """
-        path = interactions_path(self.dataset, split)
-        try:
-            users, items = read_interactions(self.dataset, split)
-        except (OSError, KeyError) as error:
-            raise UserError(f"cannot read {path}: {error}. Write the dataset again.") from error
+        users, items = read_interactions(self.dataset, split)
         try:
             return CSR.from_pairs(users, items, self.num_users, self.num_items)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{interactions_path(self.dataset, split)}: {error}") from error
 
     def feature_table(self) -> Float[Tensor, "num_items f"]:
         """Return h_enc of every item as float32, in memory.
@@ -113,9 +112,9 @@ class Inputs:
         """
         path = self.graph / "similar.npz"
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 indptr, indices, values = (arrays[n] for n in ("indptr", "indices", "values"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"cannot read {path}: {error}. Run the graph stage again.") from error
         if len(indptr) != self.num_items + 1:
             raise UserError(
@@ -134,6 +133,6 @@ class Inputs:
 def _load_array(path: Path) -> Array:
     try:
         array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read {path}: {error}. Run its stage again.") from error
     return array

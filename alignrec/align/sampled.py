@@ -1,7 +1,8 @@
 """Sampled mode: any number of ranks, each with its share of the graph and of the embeddings.
 
 A step reads sampled neighbourhoods of this rank's triples, asks the owners for the ID embeddings
-of the nodes in them, and sends the gradients back. The content gate is on every rank.
+of the nodes in them, and sends the gradients back. The content gate is on every rank. Everything is
+computed on the CPU, where the tables and the sampler's batches are.
 """
 
 import contextlib
@@ -70,7 +71,6 @@ class SampledTrainer:
             self.gate = ContentGate(
                 self._graph.num_features, config.embedding_dim, seed=config.seed
             )
-        self.gate.to(rank.device)
         self._adam = DenseAdam(self.gate)
         self._inference = Inference(self._graph, self._exchange, layers=config.layers)
         self._validation = _owned_validation(self._graph, inputs, rank, config.evaluation_block)

@@ -94,13 +94,19 @@ def run(config: AlignConfig, context: Context) -> None:
     """Train on this rank; rank 0 writes the embeddings artifact.
 
     Raises:
-        UserError: artifacts that do not belong together, or several ranks in mode full.
+        UserError: artifacts that do not belong together, or a number of ranks that does not fit.
     """
     with process_group() as rank:
         if config.mode == "full" and rank.world_size > 1:
             raise UserError(
                 f"mode full is one process, but {rank.world_size} ranks were started: all would "
                 f"train the same. Start one, or set align.mode=sampled."
+            )
+        if config.num_ranks > rank.world_size == 1:
+            raise UserError(
+                f"num_ranks={config.num_ranks}, but this process was started alone and would train "
+                f"on one rank. Start it with torchrun --nproc-per-node {config.num_ranks} -m "
+                f"alignrec.align, or run the recipe with python -m launch run."
             )
         inputs = Inputs.open(context.inputs)
         if rank.is_first:
@@ -122,7 +128,7 @@ def run(config: AlignConfig, context: Context) -> None:
                 config=to_mapping(config),
                 inputs=context.inputs,
             )
-        barrier(rank)
+        # No rank waits here: checksums of large tables take rank 0 longer than the group's timeout.
 
 
 def _make_trainer(config: AlignConfig, inputs: Inputs, rank: Rank, work: Path) -> Trainer:

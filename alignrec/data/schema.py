@@ -1,12 +1,15 @@
 """Schemas and readers of the dataset artifact (data_prep -> every later stage)."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from alignrec.errors import UserError
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -62,22 +65,66 @@ def interactions_path(dataset: Path, split: Split) -> Path:
 
 def read_items(dataset: Path, columns: list[str] | None = None) -> pa.Table:
     """Return the item table in item_index order."""
-    return pq.read_table(dataset / "items.parquet", columns=columns)
+    return read_table(dataset / "items.parquet", columns=columns)
 
 
 def read_users(dataset: Path) -> pa.Table:
     """Return the user table in user_index order."""
-    return pq.read_table(dataset / "users.parquet")
+    return read_table(dataset / "users.parquet")
+
+
+def read_user_keys(dataset: Path, *, batch_size: int) -> Iterator[pa.RecordBatch]:
+    """Yield the ``user_key`` of all users in user_index order, ``batch_size`` at a time."""
+    return read_batches(dataset / "users.parquet", batch_size=batch_size, columns=["user_key"])
 
 
 def read_samples(dataset: Path) -> pa.Table:
     """Return where each sample's bytes lie, in item_index order."""
-    return pq.read_table(dataset / "samples.parquet")
+    return read_table(dataset / "samples.parquet")
 
 
 def read_interactions(
     dataset: Path, split: Split
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return (user_index, item_index) of a split, sorted by user and then item."""
-    table = pq.read_table(interactions_path(dataset, split), columns=["user_index", "item_index"])
+    table = read_table(interactions_path(dataset, split), columns=["user_index", "item_index"])
     return table["user_index"].to_numpy(), table["item_index"].to_numpy()
+
+
+def read_table(
+    path: Path,
+    *,
+    columns: list[str] | None = None,
+    filters: list[tuple[str, str, Any]] | None = None,
+) -> pa.Table:
+    """Return a table of a dataset, the given columns of the rows that pass ``filters``.
+
+    Raises:
+        UserError: the file is absent or damaged, or lacks a column.
+    """
+    try:
+        return pq.read_table(path, columns=columns, filters=filters)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_batches(
+    path: Path, *, batch_size: int, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield a table of a dataset, at most ``batch_size`` rows at a time.
+
+    Raises:
+        UserError: the file is absent or damaged.
+    """
+    try:
+        yield from pq.ParquetFile(path).iter_batches(batch_size, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"{path} cannot be read ({reason}), so the dataset is not whole. Delete its folder and run "
+        f"data_prep again."
+    )

@@ -20,7 +20,7 @@ def popularity(train: CSR) -> ScoreFunction:
 
 
 def zero_shot(train: CSR, features: Float32[Tensor, "num_items dim"]) -> ScoreFunction:
-    """Score by the cosine of an item's features to the mean unit features of the training items.
+    """Score by the cosine of an item's features to the mean features of the user's training items.
 
     Args:
         train: training items of each user.
@@ -30,7 +30,7 @@ def zero_shot(train: CSR, features: Float32[Tensor, "num_items dim"]) -> ScoreFu
     unit = torch.nn.functional.normalize(features, dim=1)
 
     def scores(block: Int64[Tensor, " block"]) -> Float32[Tensor, "block num_items"]:
-        total = torch.from_numpy(interactions[block.numpy()] @ unit.numpy())
+        total = torch.from_numpy(interactions[block.numpy()] @ features.numpy())
         # The direction of the sum is the direction of the mean.
         return torch.nn.functional.normalize(total, dim=1) @ unit.T
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow.parquet as pq
 
 from alignrec import artifacts
+from alignrec.data import schema
 from alignrec.evaluation import charts, lineage, showcase
 from alignrec.evaluation.charts import Chart
 from alignrec.evaluation.comparison import Margin
@@ -199,7 +199,7 @@ def quarantine_reasons(dataset: Path) -> list[tuple[str, str, int]]:
     path = dataset / "quarantine.parquet"
     if not path.exists():
         return []
-    table = pq.read_table(path, columns=["source", "reason"])
+    table = schema.read_table(path, columns=["source", "reason"])
     groups = table.group_by(["source", "reason"]).aggregate([([], "count_all")]).to_pylist()
     rows = [(group["source"], group["reason"], group["count_all"]) for group in groups]
     return sorted(rows, key=lambda row: (-row[2], row[0], row[1]))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -106,7 +105,7 @@ def show_users(
 
 def read_histories(dataset: Path, users: Sequence[int]) -> dict[int, list[int]]:
     """Return the training items of each user, newest first where times are known."""
-    table = pq.read_table(
+    table = schema.read_table(
         schema.interactions_path(dataset, "train"), filters=[("user_index", "in", users)]
     )
     histories: dict[int, list[int]] = {user: [] for user in users}
@@ -117,7 +116,7 @@ def read_histories(dataset: Path, users: Sequence[int]) -> dict[int, list[int]]:
 
 def read_titles(dataset: Path, items: Iterable[int]) -> dict[int, str]:
     """Return the title of each item; its key where it has none."""
-    table = pq.read_table(
+    table = schema.read_table(
         dataset / "items.parquet",
         columns=["item_index", "item_key", "title"],
         filters=[("item_index", "in", sorted(items))],
@@ -127,7 +126,7 @@ def read_titles(dataset: Path, items: Iterable[int]) -> dict[int, str]:
 
 def read_user_keys(dataset: Path, users: Sequence[int]) -> dict[int, str]:
     """Return the key of each user."""
-    table = pq.read_table(dataset / "users.parquet", filters=[("user_index", "in", users)])
+    table = schema.read_table(dataset / "users.parquet", filters=[("user_index", "in", users)])
     return {row["user_index"]: row["user_key"] for row in table.to_pylist()}
 
 
@@ -142,7 +141,7 @@ def read_thumbnails(dataset: Path, items: Iterable[int], side: int) -> dict[int,
     path = dataset / "samples.parquet"
     if not path.exists():
         return {}
-    table = pq.read_table(path, filters=[("item_index", "in", sorted(items))])
+    table = schema.read_table(path, filters=[("item_index", "in", sorted(items))])
     pictures = {}
     for row in table.to_pylist():
         if row["image_bytes"] == 0:

@@ -50,8 +50,10 @@ def run(config: ExportConfig, context: Context) -> None:
             config=configuration.to_mapping(config),
             inputs=context.inputs,
         ) as draft:
-            parts = rank_parts(dataset, embeddings, config, draft.work, telemetry)
+            seen = read_seen(dataset)
+            parts = rank_parts(dataset, embeddings, seen, config, draft.work, telemetry)
             draft.counts["num_recommendations"] = merge_parts(parts, draft.path / TOPK_FILE)
+            draft.counts["num_users_without_history"] = int((seen.row_lengths == 0).sum())
             shutil.copyfile(embeddings / EMBEDDINGS, draft.path / EMBEDDINGS)
             for name in ("items.parquet", "users.parquet"):
                 shutil.copyfile(dataset / name, draft.path / name)
@@ -64,35 +66,46 @@ def run(config: ExportConfig, context: Context) -> None:
         telemetry.say(f"bundle: {context.output}")
 
 
-def rank_parts(
-    dataset: Path, embeddings: Path, config: ExportConfig, work: Path, telemetry: Telemetry
-) -> list[Path]:
-    """Rank for all users in order, a file for some ten thousand users at a time.
+def read_seen(dataset: Path) -> CSR:
+    """Return the training items of each user."""
+    counts = artifacts.read(dataset, "dataset").counts
+    users, items = schema.read_interactions(dataset, "train")
+    return CSR.from_pairs(users, items, counts["num_users"], counts["num_items"])
 
+
+def rank_parts(
+    dataset: Path,
+    embeddings: Path,
+    seen: CSR,
+    config: ExportConfig,
+    work: Path,
+    telemetry: Telemetry,
+) -> list[Path]:
+    """Rank for users in order, a file for some ten thousand users at a time.
+
+    A user without training items has an untrained embedding: an arbitrary list, which is left out.
     Files that a killed run has finished are kept.
 
     Args:
-        dataset: whose training items are left out and whose keys are written.
+        dataset: whose keys are written.
         embeddings: what scores.
+        seen: training items of each user, which are not recommended.
         config: list length and block size.
         work: where the files lie until they are merged.
         telemetry: shows progress.
     """
-    counts = artifacts.read(dataset, "dataset").counts
-    shape = {"num_users": counts["num_users"], "num_items": counts["num_items"]}
-    seen = CSR.from_pairs(
-        *schema.read_interactions(dataset, "train"), shape["num_users"], shape["num_items"]
+    scores = inner_product(
+        *read_embeddings(embeddings, num_users=seen.num_rows, num_items=seen.num_cols)
     )
-    scores = inner_product(*read_embeddings(embeddings, **shape))
     item_keys = schema.read_items(dataset, ["item_key"])["item_key"].combine_chunks()
-    users = pq.ParquetFile(dataset / "users.parquet")
     paths, first = [], 0
-    with telemetry.progress(shape["num_users"], "users") as bar:
-        for batch in users.iter_batches(_PART_USERS, columns=["user_key"]):
+    with telemetry.progress(seen.num_rows, "users") as bar:
+        for batch in schema.read_user_keys(dataset, batch_size=_PART_USERS):
             paths.append(work / f"topk_{first:012d}.parquet")
-            index = torch.arange(first, first + batch.num_rows)
             if not paths[-1].exists():
-                _write_part(paths[-1], index, batch["user_key"], item_keys, scores, seen, config)
+                rows = seen.row_lengths[first : first + batch.num_rows].nonzero().squeeze(1)
+                keys = batch["user_key"].take(pa.array(rows.numpy()))
+                _write_part(paths[-1], rows + first, keys, item_keys, scores, seen, config)
             bar.update(batch.num_rows)
             first += batch.num_rows
     return paths
@@ -123,7 +136,7 @@ def _write_part(
         for block, items, values in rank_blocks(
             scores, users=users, seen=seen, k=config.top_k, block_users=config.block_users
         ):
-            keys = user_keys.take(pa.array((block - users[0]).numpy()))
+            keys = user_keys.take(pa.array(torch.searchsorted(users, block).numpy()))
             writer.write_table(topk_table(keys, item_keys, items, values))
     unfinished.replace(path)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
-import pyarrow.parquet as pq
 
 from alignrec.data import schema
 from alignrec.data.embeddings import FEATURES
@@ -21,6 +20,7 @@ INTER = pa.schema(
     ]
 )
 FEATURE_FILE = "content_feat.npy"
+_BATCH_ROWS = 65_536
 
 
 def write(folder: Path, dataset: Path, features: Path | None, *, name: str) -> None:
@@ -35,8 +35,8 @@ def write(folder: Path, dataset: Path, features: Path | None, *, name: str) -> N
         file.write("\t".join(INTER.names).encode() + b"\n")
         with pc_csv.CSVWriter(file, INTER, write_options=options) as writer:
             for label, split in enumerate(schema.SPLITS):
-                source = pq.ParquetFile(schema.interactions_path(dataset, split))
-                for batch in source.iter_batches():
+                path = schema.interactions_path(dataset, split)
+                for batch in schema.read_batches(path, batch_size=_BATCH_ROWS):
                     writer.write_batch(_lines(batch, label))
     if features is not None:
         shutil.copyfile(features / FEATURES, folder / FEATURE_FILE)

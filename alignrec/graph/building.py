@@ -11,6 +11,7 @@ import torch
 from alignrec import artifacts, configuration
 from alignrec.artifacts import Draft, partial_path
 from alignrec.data import schema as dataset_schema
+from alignrec.data.embeddings import check_same_dataset
 from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.errors import UserError
 from alignrec.graph import knn, schema
@@ -86,13 +87,14 @@ def read_inputs(dataset: Path, features: Path) -> Inputs:
     """
     counts = artifacts.read(dataset, "dataset").counts
     num_users, num_items = counts["num_users"], counts["num_items"]
+    check_same_dataset(features, dataset)
+    users, items = dataset_schema.read_interactions(dataset, "train")
     try:
         rows = np.load(features / "features.npy", mmap_mode="r")
-        users, items = dataset_schema.read_interactions(dataset, "train")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"an input of the graph cannot be read: {error}. Run the stage that writes it again "
-            f"(features: {features}; interactions: {dataset})."
+            f"{features / 'features.npy'} cannot be read ({error}), so no item has neighbours. Run "
+            f"the features stage again."
         ) from error
     if rows.ndim != 2 or len(rows) != num_items:
         raise UserError(
@@ -124,9 +126,9 @@ def search(
 ) -> None:
     """Find every item's neighbours; chunks that a killed run finished are kept."""
     rows = knn.FeatureRows(features, rank.device)
-    starts = range(0, rows.num_items, _CHUNK_ROWS)
-    missing = [start for start in starts if not _chunk_path(work, start).exists()]
-    mine = missing[rank.index :: rank.world_size]
+    # A rank's share must not depend on what is there: the others write while this one looks.
+    starts = range(0, rows.num_items, _CHUNK_ROWS)[rank.index :: rank.world_size]
+    mine = [start for start in starts if not _chunk_path(work, start).exists()]
     with telemetry.progress(
         sum(_chunk_size(start, rows.num_items) for start in mine), "items"
     ) as p:

@@ -8,6 +8,7 @@ the edges' ``global_id`` within their type.
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,41 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}), so the partitions are unknown. Run the graph stage "
-            f"again."
-        ) from error
+        raise _unreadable(path, error) from error
     return content
 
 
 def load(path: Path) -> Any:  # noqa: ANN401 - tensors, or dictionaries of them
-    """Read tensors without running pickled code; they stay on disk until they are touched."""
-    return torch.load(path, weights_only=True, mmap=True)
+    """Read tensors without running pickled code; they stay on disk until they are touched.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return torch.load(path, weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_train_items(folder: Path) -> npt.NDArray[np.int32]:
+    """Return the items with a training interaction, ascending.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = schema.train_items_path(folder)
+    try:
+        items: npt.NDArray[np.int32] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, error) from error
+    return items
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"{path} cannot be read ({reason}), so the graph is not whole. Run the graph stage again."
+    )
 
 
 def _by_partition(

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float32, Int, Int32, Int64, Shaped
 from torch import Tensor
@@ -81,7 +80,7 @@ class PartitionedGraph(GraphStore):  # type: ignore[misc]
         self._row_of = {t: _rows(self.owned[t], self.num_nodes[t]) for t in NODE_TYPES}
         self._read_edges(folders)
         self.train_items: Int32[Tensor, " num_train_items"] = torch.from_numpy(
-            np.load(schema.train_items_path(folder))
+            layout.read_train_items(folder)
         )
 
     @classmethod

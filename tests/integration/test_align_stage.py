@@ -1,6 +1,5 @@
 """The align stage as a command: result, resume after SIGKILL, several ranks, errors."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,11 +13,12 @@ import pytest
 from safetensors.torch import load_file
 
 from alignrec import artifacts
-from alignrec.align import ABLATION, STAGE
+from alignrec.align import ABLATION, STAGE, training
 from alignrec.data import schema
 from alignrec.errors import UserError
-from alignrec.stage import Context, Stage
+from alignrec.stage import Context, Stage, main
 from alignrec.telemetry import read_history
+from alignrec.testing import results
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
 from alignrec.testing.processes import run_ranks
@@ -177,11 +177,30 @@ def test_artifacts_that_do_not_belong_together_are_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     other = write_dataset(tmp_path / "dataset", num_items=NUM_ITEMS, num_users=NUM_USERS, seed=1)
-    with pytest.raises(UserError, match="built from another dataset"):
+    with pytest.raises(UserError, match="built from another dataset artifact"):
         run_stage(STAGE, {**folders, "dataset": other}, tmp_path / "align", SETTINGS)
-    few = write_features(tmp_path / "features", num_items=NUM_ITEMS - 1)
-    with pytest.raises(UserError, match="rows would belong to other items"):
-        run_stage(STAGE, {**folders, "features": few}, tmp_path / "align", SETTINGS)
+    features = write_features(tmp_path / "features", num_items=NUM_ITEMS, seed=1)
+    with pytest.raises(UserError, match="built from another features artifact"):
+        run_stage(STAGE, {**folders, "features": features}, tmp_path / "align", SETTINGS)
+    features = results.write_features(tmp_path / "features", other)
+    with pytest.raises(UserError, match="was made from the dataset"):
+        run_stage(STAGE, {**folders, "features": features}, tmp_path / "align", SETTINGS)
+
+
+def test_nobody_waits_while_rank_0_publishes(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    publish = artifacts.publish
+
+    def publishing(*arguments: Any, **named: Any) -> artifacts.Manifest:
+        calls.append("publish")
+        return publish(*arguments, **named)
+
+    monkeypatch.setattr(training, "barrier", lambda _: calls.append("barrier"))
+    monkeypatch.setattr(artifacts, "publish", publishing)
+    run_stage(STAGE, folders, tmp_path / "align", {**SETTINGS, "epochs": 1})
+    assert calls == ["barrier", "publish"]
 
 
 def test_a_dataset_without_training_interactions_is_refused(
@@ -203,19 +222,44 @@ def test_features_that_are_not_finite_are_refused(folders: dict[str, Path], tmp_
         run_stage(STAGE, {**folders, "features": bad}, tmp_path / "align", SETTINGS)
 
 
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("full", "graph/similar.npz"),
+        ("full", "dataset/interactions/train.parquet"),
+        ("sampled", "graph/META.json"),
+        ("sampled", "graph/node_map/user.pt"),
+        ("sampled", "graph/part_1/graph.pt"),
+        ("sampled", "graph/train_items.npy"),
+        ("sampled", "dataset/interactions/valid.parquet"),
+    ],
+)
 def test_a_missing_graph_file_is_one_line_and_exit_code_2(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    mode: str,
+    name: str,
+    damage: str,
 ) -> None:
-    graph = tmp_path / "graph"
-    graph.mkdir()
-    manifest = json.loads((folders["graph"] / "manifest.json").read_text())
-    (graph / "manifest.json").write_text(json.dumps(manifest))
-    found = run_command(
-        "-m", "alignrec.align", *arguments({**folders, "graph": graph}, tmp_path / "out", SETTINGS)
-    )
-    assert found.returncode == 2
-    assert "similar.npz" in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+    copies = {kind: shutil.copytree(path, tmp_path / kind) for kind, path in folders.items()}
+    path = tmp_path / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "torn":
+        path.write_bytes(content[: len(content) // 2])
+    code = main(STAGE, arguments(copies, tmp_path / "out", {**SETTINGS, "mode": mode}))
+    told = capsys.readouterr().err
+    assert code == 2
+    assert str(path) in told
+    assert len(told.strip().splitlines()) == 1
+
+
+def test_ranks_that_were_not_started_are_missed(folders: dict[str, Path], tmp_path: Path) -> None:
+    settings = {**SETTINGS, "mode": "sampled", "num_ranks": 2}
+    with pytest.raises(UserError, match="torchrun --nproc-per-node 2"):
+        run_stage(STAGE, folders, tmp_path / "align", settings)
 
 
 def test_several_ranks_in_mode_full_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

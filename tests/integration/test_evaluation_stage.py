@@ -165,6 +165,11 @@ def nothing_held_out(run_dir: Path) -> None:
         pq.write_table(schema.INTERACTIONS.empty_table(), path)
 
 
+def torn_interactions(run_dir: Path) -> None:
+    path = schema.interactions_path(run_dir / "data_prep", "valid")
+    path.write_bytes(path.read_bytes()[:100])
+
+
 def another_dataset(run_dir: Path) -> None:
     write_dataset(run_dir / "data_prep", seed=1)
 
@@ -177,6 +182,7 @@ def another_dataset(run_dir: Path) -> None:
         (fewer_items, "it was trained on another dataset"),
         (features_with_nan, "1 of 48 rows of"),
         (nothing_held_out, "no user has both training and held-out interactions"),
+        (torn_interactions, "valid.parquet cannot be read"),
         (another_dataset, "was made from the dataset"),
     ],
 )

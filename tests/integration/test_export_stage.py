@@ -55,6 +55,37 @@ def test_users_get_fewer_items_where_the_catalogue_ends(run_dir: Path) -> None:
     assert artifacts.verify(run_dir / "export").counts["num_recommendations"] == table.num_rows
 
 
+def test_users_without_training_items_get_no_list_and_are_counted(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "_PART_USERS", 4)  # in the first part nobody has a history
+    train = schema.interactions_path(run_dir / "data_prep", "train")
+    strangers = [0, 1, 2, 3, 6, 23]
+    kept = pq.read_table(train, filters=[("user_index", "not in", strangers)])
+    pq.write_table(kept.cast(schema.INTERACTIONS), train)
+    assert export(run_dir, "--set=export.top_k=7") == 0
+    table = pq.read_table(run_dir / "export" / "topk.parquet")
+    listed = table["user_key"].to_pylist()[::7]
+    assert listed == [f"user-{user}" for user in range(24) if user not in strangers]
+    assert artifacts.read(run_dir / "export").counts["num_users_without_history"] == 6
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+@pytest.mark.parametrize("name", ["interactions/train", "interactions/test", "items", "users"])
+def test_a_damaged_dataset_is_one_line_and_exit_code_2(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    path = run_dir / "data_prep" / f"{name}.parquet"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "torn":
+        path.write_bytes(content[: len(content) // 2])
+    assert export(run_dir, "--set=export.mmrec=true") == 2
+    told = capsys.readouterr().err
+    assert f"{path} cannot be read" in told
+    assert told.count("\n") == 1
+
+
 def test_parts_do_not_change_the_lists_and_survive_a_kill(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,3 +168,13 @@ def test_a_checkpoint_continues_bit_equal_on_as_many_ranks_and_on_any_other_numb
     for name in ("model.safetensors", "embeddings.safetensors"):
         tolerance = 0 if ranks == 2 else 1e-4
         same_files(root / f"resumed{ranks}", root / "sampled2", name, tolerance)
+
+
+def test_where_there_is_a_gpu_everything_stays_on_the_cpu(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    # "meta" stands for any other device: mixing it with the CPU fails in the same way.
+    rank = Rank(device=torch.device("meta"))
+    assert train_one(folders, tmp_path, Job("other", SAMPLED, 1), rank) == train_one(
+        folders, tmp_path, Job("cpu", SAMPLED, 1), Rank()
+    )

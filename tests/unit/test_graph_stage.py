@@ -11,10 +11,13 @@ import yaml
 
 from alignrec import artifacts
 from alignrec.data.schema import INTERACTIONS, interactions_path, read_interactions
+from alignrec.distributed.process_group import Rank
 from alignrec.errors import UserError
 from alignrec.graph import STAGE, building, schema
 from alignrec.graph.config import GraphConfig
 from alignrec.stage import main
+from alignrec.telemetry import Telemetry
+from alignrec.testing import results
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
 
@@ -65,9 +68,26 @@ def test_a_killed_search_goes_on_with_the_same_result(
     assert resumed == whole
 
 
+def test_ranks_share_all_chunks_whatever_the_others_have_written(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "_CHUNK_ROWS", 8)
+    features = np.load(inputs["features"] / "features.npy")
+    with Telemetry(tmp_path, "graph", enabled=False) as telemetry:
+        for index in range(2):  # the second looks when the first has written its chunks
+            rank = Rank(index, world_size=2)
+            building.search(GraphConfig(), features, tmp_path, rank, telemetry)
+    names = sorted(path.name for path in tmp_path.glob("neighbours_*.npz"))
+    assert names == [f"neighbours_{start:012d}.npz" for start in (0, 8, 16, 24)]
+
+
 def test_features_of_another_catalogue(inputs: dict[str, Path], tmp_path: Path) -> None:
     features = write_features(tmp_path / "others", num_items=29)
     with pytest.raises(UserError, match=r"shape \(29, 12\).* 30 items"):
+        write_graph(tmp_path / "graph", dataset=inputs["dataset"], features=features)
+    other = write_dataset(tmp_path / "other", num_items=30, num_users=20, seed=1)
+    features = results.write_features(tmp_path / "others", other)
+    with pytest.raises(UserError, match="was made from the dataset"):
         write_graph(tmp_path / "graph", dataset=inputs["dataset"], features=features)
 
 
