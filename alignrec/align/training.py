@@ -117,18 +117,18 @@ def run(config: AlignConfig, context: Context) -> None:
             trainer = _make_trainer(config, inputs, rank, draft.work)
             position = _fit(config, trainer, draft.work / _CHECKPOINTS, telemetry)
             trainer.write_best(draft)
-        if rank.is_first:
-            shutil.copyfile(context.log_dir / HISTORY, draft.path / HISTORY)
-            _describe(draft, inputs, config, position)
-            artifacts.publish(
-                draft,
-                context.output,
-                kind="embeddings",
-                fingerprint=context.fingerprint,
-                config=to_mapping(config),
-                inputs=context.inputs,
-            )
-        # No rank waits here: checksums of large tables take rank 0 longer than the group's timeout.
+    # After the group is left: checksums of large tables may take longer than its timeout.
+    if rank.is_first:
+        shutil.copyfile(context.log_dir / HISTORY, draft.path / HISTORY)
+        _describe(draft, inputs, config, position)
+        artifacts.publish(
+            draft,
+            context.output,
+            kind="embeddings",
+            fingerprint=context.fingerprint,
+            config=to_mapping(config),
+            inputs=context.inputs,
+        )
 
 
 def _make_trainer(config: AlignConfig, inputs: Inputs, rank: Rank, work: Path) -> Trainer:

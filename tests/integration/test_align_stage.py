@@ -58,6 +58,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run_stage(
     stage: Stage, folders: dict[str, Path], output: Path, settings: dict[str, Any]
 ) -> artifacts.Manifest:
+    run_rank(stage, folders, output, settings)
+    return artifacts.read(output, "embeddings")
+
+
+def run_rank(
+    stage: Stage, folders: dict[str, Path], output: Path, settings: dict[str, Any]
+) -> None:
+    """Run the stage on this rank; the artifact is there when rank 0 has returned."""
     config = stage.load_config(settings)
     context = Context(
         inputs=folders,
@@ -66,11 +74,6 @@ def run_stage(
         log_dir=output.with_name(output.name + ".logs"),
     )
     stage.load_run()(config, context)
-    return artifacts.read(output, "embeddings")
-
-
-def run_sampled(folders: dict[str, Path], output: Path, settings: dict[str, Any]) -> None:
-    run_stage(STAGE, folders, output, settings)
 
 
 def arguments(folders: dict[str, Path], output: Path, settings: dict[str, Any]) -> list[str]:
@@ -157,7 +160,7 @@ def test_sampled_on_two_ranks_writes_the_same_artifact(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "mode": "sampled", "num_ranks": 2, "num_neighbors": (3, 3)}
-    run_ranks(run_sampled, 2, folders, tmp_path / "align", settings)
+    run_ranks(run_rank, 2, STAGE, folders, tmp_path / "align", settings)
     manifest = artifacts.verify(tmp_path / "align")
     assert manifest.facts["epochs_run"] == 4
     tables = load_file(tmp_path / "align" / "embeddings.safetensors")
@@ -264,4 +267,4 @@ def test_ranks_that_were_not_started_are_missed(folders: dict[str, Path], tmp_pa
 
 def test_several_ranks_in_mode_full_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="mode full is one process, but 2 ranks"):
-        run_ranks(run_sampled, 2, folders, tmp_path / "align", SETTINGS)
+        run_ranks(run_rank, 2, STAGE, folders, tmp_path / "align", SETTINGS)
