@@ -102,7 +102,10 @@ def test_parts_do_not_change_the_lists_and_survive_a_kill(
     with monkeypatch.context() as patch:
         patch.setattr(bundle, "_write_part", killed)  # all parts are there: none is ranked again
         assert export(run_dir) == 0
-    assert pq.read_table(run_dir / "export" / "topk.parquet").equals(whole)
+    parts = pq.read_table(run_dir / "export" / "topk.parquet")
+    assert parts.drop_columns("score").equals(whole.drop_columns("score"))
+    # A matrix product of fewer rows may add up in another order.
+    np.testing.assert_allclose(parts["score"], whole["score"], rtol=1e-5)
 
 
 def test_the_mmrec_files_hold_the_same_interactions(run_dir: Path) -> None:
