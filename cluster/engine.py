@@ -169,8 +169,7 @@ def rank_variables(part: Share, environ: Mapping[str, str], *, run: str) -> dict
     """
     variables = {
         "OMP_NUM_THREADS": str(part.cpus),
-        # Threads that spin while they wait take the core from the thread that they wait for: beside
-        # other processes a training step took 30 times as long.
+        # Threads that spin while they wait take the core from the thread that they wait for.
         "OMP_WAIT_POLICY": "PASSIVE",
         "ALIGNREC_RUN": run,
     }

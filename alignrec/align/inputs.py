@@ -31,7 +31,6 @@ class Inputs:
         graph: folder.
         num_users: users of the dataset.
         num_items: items of the dataset.
-        num_features: columns of ``features.npy``.
     """
 
     dataset: Path
@@ -39,7 +38,6 @@ class Inputs:
     graph: Path
     num_users: int
     num_items: int
-    num_features: int
 
     @classmethod
     def open(cls, folders: Mapping[str, Path]) -> "Inputs":
@@ -72,7 +70,6 @@ class Inputs:
             graph=folders["graph"],
             num_users=dataset.counts["num_users"],
             num_items=num_items,
-            num_features=features.shape[1],
         )
 
     def interactions(self, split: Split) -> CSR:
