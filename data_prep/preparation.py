@@ -76,7 +76,7 @@ class _Preparation:
         num_items = len(data.item_keys)
         nothing = pa.repeat("", num_items)
         no = pa.array(np.zeros(num_items, dtype=bool))
-        items = [np.arange(num_items), data.item_keys, nothing, nothing, no, no]
+        items = [np.arange(num_items), data.item_keys, nothing, nothing, no, no, no]
         pq.write_table(pa.table(items, schema=schema.ITEMS), self.draft.path / "items.parquet")
         pq.write_table(schema.SAMPLES.empty_table(), self.draft.path / "samples.parquet")
         user_keys = pa.array(np.arange(data.num_users)).cast(pa.string())

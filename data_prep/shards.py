@@ -172,7 +172,7 @@ def _write_shard(chunk: int, plan: ShardPlan) -> None:
             tally.add(picture, sample["text"], declared=row["image"] is not None)
         name = tar.finish()
     for sample_row in samples:
-        sample_row["shard"] = f"{SHARDS}/{name}"
+        sample_row |= {"shard": f"{SHARDS}/{name}", "image_source": ""}
     tables = {
         "items": pa.Table.from_pylist(items, schema.ITEMS),
         "samples": pa.Table.from_pylist(samples, schema.SAMPLES),
@@ -275,6 +275,7 @@ def _item_row(
         "text": sample["text"],
         "has_image": picture is not None,
         "has_text": bool(sample["text"]),
+        "removed": False,
     }
 
 

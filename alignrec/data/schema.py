@@ -22,6 +22,7 @@ ITEMS = pa.schema(
         pa.field("text", pa.string(), nullable=False),
         pa.field("has_image", pa.bool_(), nullable=False),
         pa.field("has_text", pa.bool_(), nullable=False),
+        pa.field("removed", pa.bool_(), nullable=False),
     ]
 )
 USERS = pa.schema(
@@ -46,6 +47,7 @@ SAMPLES = pa.schema(
         pa.field("image_bytes", pa.int64(), nullable=False),
         pa.field("json_offset", pa.int64(), nullable=False),
         pa.field("json_bytes", pa.int64(), nullable=False),
+        pa.field("image_source", pa.string(), nullable=False),
     ]
 )
 QUARANTINE = pa.schema(

@@ -60,7 +60,8 @@ class SampleTable:
                 f"Import features instead (features.files), and leave the pretrain section out."
             )
         encoded = pc.dictionary_encode(table["shard"]).combine_chunks()
-        numbers = {name: table[name].to_numpy() for name in table.column_names if name != "shard"}
+        names = ("item_index", "image_offset", "image_bytes", "json_offset", "json_bytes")
+        numbers = {name: table[name].to_numpy() for name in names}
         return cls(
             shard_names=tuple(encoded.dictionary.to_pylist()),
             shard=encoded.indices.to_numpy().astype(np.int32),

@@ -141,6 +141,7 @@ def _write_items(folder: Path, texts: list[str], pictures: list[bytes]) -> None:
         "text": texts,
         "has_image": [bool(picture) for picture in pictures],
         "has_text": [bool(text) for text in texts],
+        "removed": [False] * len(texts),
     }
     pq.write_table(pa.table(columns, schema=schema.ITEMS), folder / "items.parquet")
 
@@ -164,7 +165,7 @@ def _write_shards(
         content, offsets = _tar([(i, texts[i], pictures[i]) for i in indices])
         name = f"shards/{hashlib.sha256(content).hexdigest()[:16]}.tar"
         (folder / name).write_bytes(content)
-        rows += [{"shard": name, **row} for row in offsets]
+        rows += [{"shard": name, "image_source": "", **row} for row in offsets]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema.SAMPLES), folder / "samples.parquet")
     return len(starts)
 
