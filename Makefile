@@ -35,12 +35,14 @@ bench: $(STAMP)  ## every benchmark; results go to benchmarks/results
 
 install: $(STAMP) ## the virtual environment with everything in it
 
-# torch goes first: DeepSpeed looks for it while it is being installed.
+# torch goes first: DeepSpeed looks for it while it is being installed. torchscale is the reference
+# that the encoder is tested against; its dependencies would bring torchvision.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch wheel "setuptools>=77"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps torchscale
 	touch $(STAMP)
 
 clean:           ## remove the virtual environment and caches (runs/ stays)
