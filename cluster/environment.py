@@ -1,13 +1,12 @@
-"""Environment variables and the token that Ray reads (command line -> every use of Ray)."""
+"""Environment variables that Ray reads, and its token (command line -> every use of Ray)."""
 
 import os
-import secrets
-from pathlib import Path
 
-TOKEN_MODE = "token"  # noqa: S105 - the name of a mode
+from alignrec.ray_token import ensure_token
+
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": TOKEN_MODE,
+    "RAY_AUTH_MODE": "token",
     # A worker without GPUs would print a warning about a coming change of Ray.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The run says in its own words that a rank died.
@@ -37,34 +36,3 @@ def prepare(*, loopback: bool) -> None:
     for name, value in (_DEFAULTS | (_LOOPBACK if loopback else {})).items():
         os.environ.setdefault(name, value)
     ensure_token()
-
-
-def ensure_token() -> None:
-    """Make a token that only this user can read, unless there is one or none is wanted.
-
-    Ray would make one too, but readable by everybody on the machine.
-    """
-    if os.environ.get("RAY_AUTH_MODE") != TOKEN_MODE or os.environ.get("RAY_AUTH_TOKEN"):
-        return
-    path = token_path()
-    if path.exists():
-        if path.stat().st_uid == os.getuid():
-            path.chmod(0o600)
-        return
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    spare = path.with_name(f"{path.name}.{os.getpid()}")
-    descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    try:
-        os.link(spare, path)
-    except FileExistsError:
-        pass  # another command was faster: its token holds
-    finally:
-        spare.unlink()
-
-
-def token_path() -> Path:
-    """Return the file that Ray reads the token from."""
-    chosen = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(chosen) if chosen else Path.home() / ".ray" / "auth_token"

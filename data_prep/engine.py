@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from alignrec.errors import StageFailure, UserError
+from alignrec.ray_token import ensure_token
 from data_prep.config import DataPrepConfig
 from data_prep.shards import ShardPlan, write_shard
 
@@ -50,6 +51,8 @@ def session(config: DataPrepConfig) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     for variable, value in (_ENVIRONMENT | ({} if address else _ENVIRONMENT_OF_OWN)).items():
         os.environ.setdefault(variable, value)
+    if not address:
+        ensure_token()
     for name, level in _LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     import ray  # it reads the variables above when it is imported

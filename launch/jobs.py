@@ -16,6 +16,7 @@ import yaml
 
 from alignrec import artifacts, configuration
 from alignrec.errors import StageFailure, UserError
+from alignrec.ray_token import token_path
 from cluster import checkout, environment, state
 from launch.recipe import Recipe
 
@@ -183,7 +184,7 @@ class Jobs:
         except AuthenticationError as error:
             raise UserError(
                 f"the cluster at {self.address} refused the token. Put the cluster's token into "
-                f"{environment.token_path()} or RAY_AUTH_TOKEN (there: ray get-auth-token)."
+                f"{token_path()} or RAY_AUTH_TOKEN (there: ray get-auth-token)."
             ) from error
         except OSError as error:  # requests' connection errors are among them
             raise NoAnswerError(

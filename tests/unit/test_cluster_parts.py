@@ -1,6 +1,5 @@
-"""What ranks reserve, which failure is told, lines of a growing log, manifests, the token."""
+"""What ranks reserve, which failure is told, lines of a growing log, manifests."""
 
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import yaml
 
 from alignrec.errors import StageFailure, UserError
 from alignrec.stage import Context, Stage
-from cluster import environment, kubernetes
+from cluster import kubernetes
 from cluster.config import ClusterConfig
 from cluster.engine import Host, Share, rank_variables, share
 from cluster.log_follower import LogFollower
@@ -104,33 +103,6 @@ def test_the_follower_waits_for_the_file(tmp_path: Path) -> None:
     with LogFollower(log, prefix="[align]", show=lines.append):
         log.write_text("[align] first\n")
     assert lines == ["[align] first"]
-
-
-def test_the_token_is_private_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "ray" / "auth_token"
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
-    environment.ensure_token()
-    token = path.read_text()
-    assert len(token) == 64
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    environment.ensure_token()
-    assert path.read_text() == token
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"), [("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "abc")]
-)
-def test_no_token_is_made_where_none_is_needed(
-    variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv(variable, value)
-    environment.ensure_token()
-    assert not (tmp_path / "token").exists()
 
 
 def test_the_manifest_has_a_worker_for_every_rank() -> None:
