@@ -1,14 +1,18 @@
 """Settings of data preparation, the section ``data_prep`` of a recipe (recipe -> all modules)."""
 
 import dataclasses
+import re
 from typing import Literal
 
+from alignrec import __version__
 from alignrec.configuration import digest, option
 from alignrec.errors import UserError
 from data_prep import locations
 
 Source = Literal["table", "mmrec", "synthetic"]
 Strategy = Literal["user_random", "user_time", "user_last_out", "global_time"]
+# A name, or an IPv4 or IPv6 address; only a whole first label may be left open.
+_HOST = re.compile(r"(\*\.)?[\w-]+(\.[\w-]+)*\.?|[0-9a-fA-F:]*:[0-9a-fA-F:.]*")
 TIME_STRATEGIES: tuple[Strategy, ...] = ("user_time", "user_last_out", "global_time")
 
 
@@ -73,6 +77,43 @@ class InteractionsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HttpConfig:
+    """How pictures are fetched from http(s) addresses."""
+
+    timeout_seconds: float = option(
+        10.0, "longest wait for a connection and between two parts of an answer", minimum=0.1
+    )
+    total_seconds: float = option(
+        60.0, "longest time for one picture, with its redirects, retries and waits", minimum=0.1
+    )
+    retries: int = option(
+        4, "further attempts after a passing failure: 429, 5xx, time-out, reset", minimum=0
+    )
+    backoff_seconds: float = option(
+        0.5, "wait before the first further attempt; it doubles with each", minimum=0.0
+    )
+    max_redirects: int = option(5, "redirects that are followed for one picture", minimum=0)
+    connections_per_host: int = option(
+        8, "connections that one worker has to one host at once", minimum=1
+    )
+    user_agent: str = option(
+        f"alignrec/{__version__}", "how the program introduces itself; a host may want a contact"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a name that would break the header that carries it.
+
+        Raises:
+            UserError: it is empty or has other than printable ASCII characters.
+        """
+        if not (self.user_agent.isascii() and self.user_agent.isprintable() and self.user_agent):
+            raise UserError(
+                f"data_prep.images.http.user_agent={self.user_agent!r} cannot stand in a request: "
+                f"hosts would refuse it. Use printable ASCII characters."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ImagesConfig:
     """How pictures are found, checked and made small."""
 
@@ -81,6 +122,10 @@ class ImagesConfig:
     )
     allowed_schemes: tuple[str, ...] = option(
         (), "URL schemes that picture references may have, e.g. [https, s3]; none by default"
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "hosts of http(s) pictures, exact or *.example.com; empty: all with a public address",
     )
     max_side: int = option(256, "longest side in pixels; larger pictures shrink", minimum=8)
     min_side: int = option(4, "pictures with a shorter side, in pixels, are refused", minimum=1)
@@ -95,6 +140,21 @@ class ImagesConfig:
     read_threads: int = option(
         8, "pictures that one worker reads at once", minimum=1, affects_result=False
     )
+    http: HttpConfig = option(HttpConfig(), "pictures from http(s)", affects_result=False)
+
+    def __post_init__(self) -> None:
+        """Refuse hosts that would never match.
+
+        Raises:
+            UserError: an entry of allowed_hosts is an address of a page or a pattern of other form.
+        """
+        for host in self.allowed_hosts:
+            if not _HOST.fullmatch(host):
+                raise UserError(
+                    f"data_prep.images.allowed_hosts: {host!r} is no host name, so no picture "
+                    f"would match it. Write images.example.com, *.example.com or an address, "
+                    f"without scheme, port and path."
+                )
 
 
 @dataclasses.dataclass(frozen=True)

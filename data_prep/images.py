@@ -1,20 +1,20 @@
-"""Picture of an item: a reference in, checked JPEG bytes or a reason out (catalogue -> shards)."""
+"""Picture of an item: bytes in, a checked JPEG or a reason out (fetching -> shards)."""
 
 import dataclasses
 import io
-import os
-import posixpath
-import stat
-from typing import Any
+from typing import Any, Self
 
-import fsspec
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from alignrec.configuration import digest
+from data_prep.config import HttpConfig, ImagesConfig
 from data_prep.quarantine import Reason
 
 # No EPS, PDF and the like: their decoders run programs or read other files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Raised whenever the same bytes would become another picture.
+_PREPARATION_VERSION = 1
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,6 +43,32 @@ class ImageRules:
     jpeg_quality: int
     max_bytes: int
     max_pixels: int
+    allowed_hosts: tuple[str, ...] = ()
+    http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
+
+    @classmethod
+    def of(cls, config: ImagesConfig, *, root: str) -> Self:
+        """Return the rules of a recipe; the scheme of a web root is allowed by being named."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "root"]
+        values = {name: getattr(config, name) for name in names}
+        web = [root.partition("://")[0]] if root.lower().startswith(("http://", "https://")) else []
+        values["allowed_schemes"] = tuple(s.lower() for s in (*config.allowed_schemes, *web))
+        values["allowed_hosts"] = tuple(host.lower().rstrip(".") for host in config.allowed_hosts)
+        return cls(root=root, **values)
+
+    @property
+    def preparation(self) -> str:
+        """Digest of all that decides what becomes of a picture's bytes."""
+        return digest(
+            [
+                _PREPARATION_VERSION,
+                self.max_side,
+                self.min_side,
+                self.jpeg_quality,
+                self.max_bytes,
+                self.max_pixels,
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,62 +91,17 @@ class Picture:
 
 
 class BadImage(Exception):
-    """A picture that cannot be used."""
+    """A picture that cannot be used.
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    Attributes:
+        transient: the cause may pass (a time-out, a busy host): worth another try some day.
+    """
+
+    def __init__(self, reason: Reason, detail: str, *, transient: bool = False) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
-
-
-def read(reference: str, rules: ImageRules) -> bytes:
-    """Read the bytes that a reference of the catalogue stands for.
-
-    Raises:
-        BadImage: outside of the allowed locations, missing, unreadable, empty or too large.
-    """
-    location = resolve(reference, rules)
-    try:
-        fs, name = fsspec.core.url_to_fs(location)
-        if "file" in fs.protocol:
-            _refuse_special_file(name)
-        with fs.open(name, "rb") as file:
-            data: bytes = file.read(rules.max_bytes + 1)
-    except FileNotFoundError as error:
-        raise BadImage(Reason.IMAGE_MISSING, reference) from error
-    except BadImage:
-        raise
-    except Exception as error:  # a remote file system raises what it likes; the item has no picture
-        raise BadImage(
-            Reason.IMAGE_UNREADABLE, f"{reference}: {type(error).__name__}: {error}"
-        ) from error
-    if not data:
-        raise BadImage(Reason.IMAGE_EMPTY, reference)
-    if len(data) > rules.max_bytes:
-        raise BadImage(Reason.IMAGE_TOO_LARGE, f"{reference}: more than {rules.max_bytes} bytes")
-    return data
-
-
-def resolve(reference: str, rules: ImageRules) -> str:
-    """Return the absolute path or URL of a reference.
-
-    Raises:
-        BadImage: its scheme is not allowed or it leads out of the root.
-    """
-    if "\x00" in reference:
-        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{reference!r} holds a zero byte")
-    scheme, colon, _ = reference.partition("://")
-    # fsspec chains file systems with "::", which would lead around the list of schemes.
-    if "::" in reference or (colon and scheme.lower() not in rules.allowed_schemes):
-        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{reference}: scheme not in images.allowed_schemes")
-    if colon:
-        return reference
-    root = rules.root.rstrip("/")
-    base, slashes, start = root.rpartition("://")
-    path = posixpath.normpath(posixpath.join(start, reference))
-    if not path.startswith(start + "/"):
-        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{reference} leads out of {root}")
-    return base + slashes + path
+        self.transient = transient
 
 
 def prepare(data: bytes, rules: ImageRules) -> Picture:
@@ -196,10 +177,3 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # damaged EXIF says nothing about the pixels
         return 1
     return value if value in range(1, 9) else 1
-
-
-def _refuse_special_file(path: str) -> None:
-    """Refuse pipes, devices and folders: reading one could wait for ever."""
-    mode = os.stat(path).st_mode  # noqa: PTH116 - plain string paths, once per picture
-    if not stat.S_ISREG(mode):
-        raise BadImage(Reason.IMAGE_UNREADABLE, f"{path} is not a plain file")

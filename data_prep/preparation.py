@@ -52,7 +52,8 @@ def run(config: DataPrepConfig, context: Context) -> None:
         ) as draft,
         Telemetry(context.log_dir, STAGE_NAME) as telemetry,
     ):
-        preparation = _Preparation(config, context, draft, telemetry)
+        quarantine = Quarantine(draft.work / "quarantine")
+        preparation = _Preparation(config, context, draft, telemetry, quarantine)
         if config.source == "mmrec":
             preparation.run_mmrec()
         else:
@@ -67,7 +68,7 @@ class _Preparation:
     context: Context
     draft: artifacts.Draft
     telemetry: Telemetry
-    quarantine: Quarantine = dataclasses.field(default_factory=Quarantine)
+    quarantine: Quarantine
 
     def run_mmrec(self) -> None:
         """Import interactions with ready splits; there are no samples."""
@@ -195,15 +196,7 @@ class _Preparation:
         return ShardPlan(
             artifact=self.draft.path.absolute(),
             work=self.draft.work.absolute(),
-            images=ImageRules(
-                root=locations.absolute(root),
-                allowed_schemes=tuple(scheme.lower() for scheme in rules.allowed_schemes),
-                max_side=rules.max_side,
-                min_side=rules.min_side,
-                jpeg_quality=rules.jpeg_quality,
-                max_bytes=rules.max_bytes,
-                max_pixels=rules.max_pixels,
-            ),
+            images=ImageRules.of(rules, root=locations.absolute(root)),
             text=TextRules(**dataclasses.asdict(config.text)),
             read_threads=rules.read_threads,
         )
@@ -245,9 +238,7 @@ class _Preparation:
 
     def _collect_bad_pictures(self, plan: ShardPlan, num_chunks: int) -> None:
         for chunk in filter(plan.is_done, range(num_chunks)):
-            part = pq.read_table(plan.part_path(chunk, "quarantine"), schema=schema.QUARANTINE)
-            if len(part):
-                self.quarantine.tables.append(part)
+            self.quarantine.add_file(plan.part_path(chunk, "quarantine"))
 
     def _check(self, source: str, total: int, location: str) -> None:
         """Fail when too much of a source is bad, with the list where it outlives the run."""

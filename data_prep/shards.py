@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from alignrec.artifacts import write_json
 from alignrec.data import schema
 from data_prep import images, texts
+from data_prep.fetching import Fetcher
 from data_prep.images import BadImage, ImageRules, Picture
 from data_prep.quarantine import make_table
 from data_prep.statistics import Tally
@@ -198,14 +199,14 @@ def _with_pictures(
     rows: list[dict[str, Any]], plan: ShardPlan
 ) -> Iterator[tuple[dict[str, Any], Picture | BadImage | None]]:
     """Yield every row with its picture; files are read ahead, decoding is on this thread."""
-    with ThreadPoolExecutor(plan.read_threads) as pool:
+    with Fetcher(plan.images) as fetcher, ThreadPoolExecutor(plan.read_threads) as pool:
         waiting: deque[Future[bytes | BadImage | None]] = deque()
         ahead = iter(rows)
 
         def read_next() -> None:
             row = next(ahead, None)
             if row is not None:
-                waiting.append(pool.submit(_read, row["image"], plan.images))
+                waiting.append(pool.submit(_read, row["image"], fetcher))
 
         for _ in range(2 * plan.read_threads):
             read_next()
@@ -215,11 +216,11 @@ def _with_pictures(
             yield row, _prepared(data, plan.images) if isinstance(data, bytes) else data
 
 
-def _read(reference: str | None, rules: ImageRules) -> bytes | BadImage | None:
+def _read(reference: str | None, fetcher: Fetcher) -> bytes | BadImage | None:
     if reference is None:
         return None
     try:
-        return images.read(reference, rules)
+        return fetcher.read(reference)
     except BadImage as verdict:
         return verdict
 
