@@ -79,7 +79,10 @@ class FullGraphTrainer:
         self.model = _build_model(config, inputs, train, rank.device)
         self._adam = DenseAdam(self.model)
         self._validation = Validation(
-            train, inputs.interactions("valid"), block_users=config.evaluation_block
+            train,
+            inputs.interactions("valid"),
+            removed=inputs.removed_items(),
+            block_users=config.evaluation_block,
         )
         self._best: dict[str, Tensor] = {}
 

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from alignrec import artifacts
 from alignrec.align.propagation import SparseMatrix
 from alignrec.data.csr import CSR
 from alignrec.data.embeddings import check_same_dataset
-from alignrec.data.schema import Split, interactions_path, read_interactions
+from alignrec.data.schema import (
+    Split,
+    interactions_path,
+    read_interactions,
+    read_removed_items,
+)
 from alignrec.errors import UserError
 
 Array = npt.NDArray[np.generic]
@@ -83,6 +88,10 @@ class Inputs:
             return CSR.from_pairs(users, items, self.num_users, self.num_items)
         except ValueError as error:
             raise UserError(f"{interactions_path(self.dataset, split)}: {error}") from error
+
+    def removed_items(self) -> Int64[Tensor, " num_removed"]:
+        """Return the items that the present catalogue does not have: nobody's candidates."""
+        return torch.from_numpy(read_removed_items(self.dataset))
 
     def feature_table(self) -> Float[Tensor, "num_items f"]:
         """Return h_enc of every item as float32, in memory.

@@ -347,4 +347,4 @@ def _owned_validation(
     mine = graph.owner_of(USER, users) == rank.index
     rows = graph.local_rows(USER, users[mine])
     held_out = CSR.from_pairs(rows, items[mine], train.num_rows, inputs.num_items)
-    return Validation(train, held_out, block_users=block_users)
+    return Validation(train, held_out, removed=inputs.removed_items(), block_users=block_users)

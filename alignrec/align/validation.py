@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from alignrec.data.csr import CSR
@@ -20,17 +20,26 @@ _METRICS: dict[str, Callable[..., Tensor]] = {
 
 
 class Validation:
-    """Full ranking of every item for the users of the validation split.
+    """Full ranking of every item of the catalogue for the users of the validation split.
 
     Args:
         train: training items of the users whose rows are ranked here; no candidates.
         valid: their validation items.
+        removed: items that the present catalogue does not have; nobody's candidates.
         block_users: users ranked at once.
     """
 
-    def __init__(self, train: CSR, valid: CSR, *, block_users: int) -> None:
+    def __init__(
+        self,
+        train: CSR,
+        valid: CSR,
+        *,
+        removed: Int64[Tensor, " num_removed"],
+        block_users: int,
+    ) -> None:
         self._users = metrics.evaluation_users(train, valid)
         self._seen = train
+        self._removed = removed
         self._held_out = valid.select(self._users)
         self._block_users = block_users
 
@@ -50,6 +59,7 @@ class Validation:
             item,
             users=self._users,
             seen=self._seen,
+            removed=self._removed,
             k=SELECTION_K,
             block_users=self._block_users,
         )

@@ -80,6 +80,18 @@ def read_user_keys(dataset: Path, *, batch_size: int) -> Iterator[pa.RecordBatch
     return read_batches(dataset / "users.parquet", batch_size=batch_size, columns=["user_key"])
 
 
+def read_removed_items(dataset: Path) -> npt.NDArray[np.int64]:
+    """Return the item_index of those that the present catalogue does not have, ascending.
+
+    They keep their number and row, but are never recommended or ranked.
+
+    Raises:
+        UserError: the item table does not say, because an older version of data_prep wrote it.
+    """
+    removed = read_items(dataset, ["removed"])["removed"].to_numpy()
+    return np.flatnonzero(removed).astype(np.int64)
+
+
 def read_samples(dataset: Path) -> pa.Table:
     """Return where each sample's bytes lie, in item_index order."""
     return read_table(dataset / "samples.parquet")

@@ -35,11 +35,13 @@ class Task:
         train: training items of each user; never recommended again.
         held_out: split ("valid", "test", "test_cold") -> held-out items of each user; the last has
             only the items without any training interaction.
+        removed: items that the present catalogue does not have; nobody's candidates.
         users: split -> user_index of those who count in it; a split without users is left out.
     """
 
     train: CSR
     held_out: dict[str, CSR]
+    removed: Int64[Tensor, " num_removed"]
     users: dict[str, Int64[Tensor, " num_users"]]
 
     @property
@@ -100,7 +102,7 @@ def read_task(dataset: Path) -> Task:
     """Read the splits of a dataset; users without training items are dropped from the others.
 
     Raises:
-        UserError: no user has both training and held-out items.
+        UserError: no user has both training and held-out items, or a held-out item is removed.
     """
     counts = artifacts.read(dataset, "dataset").counts
     train, valid, test = (
@@ -109,6 +111,8 @@ def read_task(dataset: Path) -> Task:
         )
         for split in schema.SPLITS
     )
+    removed = torch.from_numpy(schema.read_removed_items(dataset))
+    _refuse_removed(dataset, {"valid": valid, "test": test}, removed)
     cold = test.keep_columns(_item_counts(train) == 0)
     held_out = {"valid": valid, "test": test, "test_cold": cold}
     users = {split: metrics.evaluation_users(train, rows) for split, rows in held_out.items()}
@@ -118,7 +122,20 @@ def read_task(dataset: Path) -> Task:
             f"{dataset}: no user has both training and held-out interactions, so nothing can be "
             f"measured. Prepare the data from a larger log or with larger held-out splits."
         )
-    return Task(train, {s: held_out[s] for s in filled}, {s: users[s] for s in filled})
+    return Task(train, {s: held_out[s] for s in filled}, removed, {s: users[s] for s in filled})
+
+
+def _refuse_removed(
+    dataset: Path, held_out: Mapping[str, CSR], removed: Int64[Tensor, " num_removed"]
+) -> None:
+    """Refuse held-out items that can never be ranked: every model's recall would be understated."""
+    for split, rows in held_out.items():
+        if bad := int(torch.isin(rows.columns, removed).sum()):
+            raise UserError(
+                f"{bad} of {rows.columns.numel()} interactions of "
+                f"{schema.interactions_path(dataset, split)} are with removed items, which are "
+                f"never ranked: recall would be understated. Run data_prep again."
+            )
 
 
 def models(
@@ -185,7 +202,12 @@ def _measure(
     done = 0
     with telemetry.progress(users.numel(), "users") as bar:
         for block, items, _ in rank_blocks(
-            scores, users=users, seen=task.train, k=max(config.ks), block_users=config.block_users
+            scores,
+            users=users,
+            seen=task.train,
+            removed=task.removed,
+            k=max(config.ks),
+            block_users=config.block_users,
         ):
             topk[done : done + block.numel()] = items.cpu()
             done += block.numel()
@@ -208,12 +230,21 @@ def _show_users(task: Task, config: EvaluationConfig, context: Context) -> list[
     shape = {"num_users": task.train.num_rows, "num_items": task.train.num_cols}
     scores = inner_product(*read_embeddings(context.inputs["embeddings"], **shape))
     dataset = context.inputs["dataset"]
-    return showcase.show_users(dataset, task.train, task.held_out["test"], scores, config.report)
+    return showcase.show_users(
+        dataset,
+        task.train,
+        task.held_out["test"],
+        scores,
+        config.report,
+        removed=task.removed,
+    )
 
 
 def _counts(task: Task, results: Mapping[str, SplitMetrics]) -> dict[str, int]:
     counts = {f"num_{split}_users": users.numel() for split, users in task.users.items()}
-    counts["num_cold_items"] = int((_item_counts(task.train) == 0).sum())
+    cold = _item_counts(task.train) == 0
+    cold[task.removed] = False
+    counts |= {"num_cold_items": int(cold.sum()), "num_removed_items": task.removed.numel()}
     return counts | {"num_models": len(results)}
 
 

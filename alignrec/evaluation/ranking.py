@@ -26,6 +26,7 @@ def rank_all(
     *,
     users: Int64[Tensor, " num_users"] | None = None,
     seen: CSR,
+    removed: Int64[Tensor, " num_removed"],
     k: int,
     block_users: int = 1024,
 ) -> Int64[Tensor, "num_users k"]:
@@ -33,9 +34,10 @@ def rank_all(
 
     Args:
         user_embedding: one row for each user_index.
-        item_embedding: one row for each item_index; every item is a candidate, cold ones too.
+        item_embedding: one row for each item_index.
         users: user_index to rank for; all when None.
         seen: row u lists the items that user u must not be recommended (training positives).
+        removed: items that nobody must be recommended; every other is a candidate, cold ones too.
         k: list length.
         block_users: users scored at a time.
 
@@ -47,7 +49,9 @@ def rank_all(
     """
     scores = inner_product(user_embedding, item_embedding)
     chosen = torch.arange(user_embedding.shape[0]) if users is None else users
-    return rank_scores(scores, users=chosen, seen=seen, k=k, block_users=block_users)
+    return rank_scores(
+        scores, users=chosen, seen=seen, removed=removed, k=k, block_users=block_users
+    )
 
 
 def rank_scores(
@@ -55,6 +59,7 @@ def rank_scores(
     *,
     users: Int64[Tensor, " num_users"],
     seen: CSR,
+    removed: Int64[Tensor, " num_removed"],
     k: int,
     block_users: int = 1024,
 ) -> Int64[Tensor, "num_users k"]:
@@ -62,7 +67,7 @@ def rank_scores(
     topk = torch.full((users.numel(), k), NO_ITEM)
     done = 0
     for block, items, _ in rank_blocks(
-        scores, users=users, seen=seen, k=k, block_users=block_users
+        scores, users=users, seen=seen, removed=removed, k=k, block_users=block_users
     ):
         topk[done : done + block.numel()] = items.cpu()
         done += block.numel()
@@ -74,6 +79,7 @@ def rank_blocks(
     *,
     users: Int64[Tensor, " num_users"],
     seen: CSR,
+    removed: Int64[Tensor, " num_removed"],
     k: int,
     block_users: int = 1024,
 ) -> Iterator[Block]:
@@ -86,6 +92,7 @@ def rank_blocks(
         matrix = scores(block)  # (block, num_items)
         mask = seen.select(block)
         matrix[mask.rows.to(matrix.device), mask.columns.to(matrix.device)] = -torch.inf
+        matrix[:, removed.to(matrix.device)] = -torch.inf
         items, values = stable_topk(matrix, k)
         _refuse_non_finite(values, block)
         items[values == -torch.inf] = NO_ITEM

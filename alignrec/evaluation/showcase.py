@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Int64
 from PIL import Image
+from torch import Tensor
 
 from alignrec.data import schema
 from alignrec.data.csr import CSR
@@ -67,7 +69,13 @@ def choose_users(train: CSR, held_out: CSR, config: ReportConfig) -> list[int]:
 
 
 def show_users(
-    dataset: Path, train: CSR, held_out: CSR, scores: ScoreFunction, config: ReportConfig
+    dataset: Path,
+    train: CSR,
+    held_out: CSR,
+    scores: ScoreFunction,
+    config: ReportConfig,
+    *,
+    removed: Int64[Tensor, " num_removed"],
 ) -> list[ShownUser]:
     """Rank for the chosen users and collect titles and pictures of all that is shown of them."""
     users = choose_users(train, held_out, config)
@@ -76,7 +84,12 @@ def show_users(
     histories = read_histories(dataset, users)
     ranked = {}
     for block, items, _ in rank_blocks(
-        scores, users=torch.tensor(users), seen=train, k=train.num_cols, block_users=1
+        scores,
+        users=torch.tensor(users),
+        seen=train,
+        removed=removed,
+        k=train.num_cols,
+        block_users=1,
     ):
         ranked[int(block)] = items[0][items[0] != NO_ITEM].cpu()
     truth = {user: set(held_out.row(user).tolist()) for user in users}

@@ -1,7 +1,8 @@
 """The export stage: dataset + embeddings -> a bundle for serving (safetensors, ranked lists)."""
 
+import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,15 @@ from alignrec import artifacts, configuration
 from alignrec.data import schema
 from alignrec.data.csr import CSR
 from alignrec.data.embeddings import EMBEDDINGS, check_same_dataset, read_embeddings
+from alignrec.data.schema import read_removed_items
 from alignrec.distributed.process_group import rank_from_environment
-from alignrec.evaluation.ranking import NO_ITEM, ScoreFunction, inner_product, rank_blocks
+from alignrec.evaluation.ranking import (
+    NO_ITEM,
+    Block,
+    ScoreFunction,
+    inner_product,
+    rank_blocks,
+)
 from alignrec.export import mmrec
 from alignrec.export.config import ExportConfig
 from alignrec.stage import Context
@@ -50,8 +58,9 @@ def run(config: ExportConfig, context: Context) -> None:
             config=configuration.to_mapping(config),
             inputs=context.inputs,
         ) as draft:
-            seen = read_seen(dataset)
-            parts = rank_parts(dataset, embeddings, seen, config, draft.work, telemetry)
+            seen, removed = read_seen(dataset), torch.from_numpy(read_removed_items(dataset))
+            parts = rank_parts(dataset, embeddings, seen, removed, config, draft.work, telemetry)
+            draft.counts["num_removed_items"] = removed.numel()
             draft.counts["num_recommendations"] = merge_parts(parts, draft.path / TOPK_FILE)
             draft.counts["num_users_without_history"] = int((seen.row_lengths == 0).sum())
             shutil.copyfile(embeddings / EMBEDDINGS, draft.path / EMBEDDINGS)
@@ -77,6 +86,7 @@ def rank_parts(
     dataset: Path,
     embeddings: Path,
     seen: CSR,
+    removed: Int64[Tensor, " num_removed"],
     config: ExportConfig,
     work: Path,
     telemetry: Telemetry,
@@ -90,12 +100,18 @@ def rank_parts(
         dataset: whose keys are written.
         embeddings: what scores.
         seen: training items of each user, which are not recommended.
+        removed: items that are recommended to nobody.
         config: list length and block size.
         work: where the files lie until they are merged.
         telemetry: shows progress.
     """
-    scores = inner_product(
-        *read_embeddings(embeddings, num_users=seen.num_rows, num_items=seen.num_cols)
+    ranker = _Ranker(
+        inner_product(
+            *read_embeddings(embeddings, num_users=seen.num_rows, num_items=seen.num_cols)
+        ),
+        seen,
+        removed,
+        config,
     )
     item_keys = schema.read_items(dataset, ["item_key"])["item_key"].combine_chunks()
     paths, first = [], 0
@@ -105,7 +121,7 @@ def rank_parts(
             if not paths[-1].exists():
                 rows = seen.row_lengths[first : first + batch.num_rows].nonzero().squeeze(1)
                 keys = batch["user_key"].take(pa.array(rows.numpy()))
-                _write_part(paths[-1], rows + first, keys, item_keys, scores, seen, config)
+                _write_part(paths[-1], rows + first, keys, item_keys, ranker)
             bar.update(batch.num_rows)
             first += batch.num_rows
     return paths
@@ -122,20 +138,37 @@ def merge_parts(parts: Iterable[Path], path: Path) -> int:
     return num_rows
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ranker:
+    """What the lists of any users are made from."""
+
+    scores: ScoreFunction
+    seen: CSR
+    removed: Int64[Tensor, " num_removed"]
+    config: ExportConfig
+
+    def blocks(self, users: Int64[Tensor, " part"]) -> Iterator[Block]:
+        """Yield users, items and scores, a block of users at a time."""
+        return rank_blocks(
+            self.scores,
+            users=users,
+            seen=self.seen,
+            removed=self.removed,
+            k=self.config.top_k,
+            block_users=self.config.block_users,
+        )
+
+
 def _write_part(
     path: Path,
     users: Int64[Tensor, " part"],
     user_keys: pa.Array,
     item_keys: pa.Array,
-    scores: ScoreFunction,
-    seen: CSR,
-    config: ExportConfig,
+    ranker: "_Ranker",
 ) -> None:
     unfinished = path.with_suffix(".writing")
     with pq.ParquetWriter(unfinished, TOPK) as writer:
-        for block, items, values in rank_blocks(
-            scores, users=users, seen=seen, k=config.top_k, block_users=config.block_users
-        ):
+        for block, items, values in ranker.blocks(users):
             keys = user_keys.take(pa.array(torch.searchsorted(users, block).numpy()))
             writer.write_table(topk_table(keys, item_keys, items, values))
     unfinished.replace(path)

@@ -122,10 +122,14 @@ def _extract(
 
 
 def content_mask(dataset: Path, config: ExtractionConfig) -> npt.NDArray[np.bool_]:
-    """Return (num_items, 2) bool: whether the item's image, text is there and not hidden."""
+    """Return (num_items, 2) bool: whether the item's image, text is there and not hidden.
+
+    A removed item has no sample, so neither, whatever its row in the item table still says.
+    """
     items = schema.read_items(dataset, columns=["has_image", "has_text"])
     mask = np.stack([items["has_image"].to_numpy(), items["has_text"].to_numpy()], axis=1)
     mask = mask.astype(bool)
+    mask[schema.read_removed_items(dataset)] = False
     if config.hide != "nothing":
         position = permute(
             np.arange(len(mask)), len(mask), permutation_key(config.hide_seed, _HIDE_STREAM)

@@ -59,18 +59,22 @@ def write_dataset(
     samples_per_shard: int = 16,
     without_image: tuple[int, ...] = (),
     without_text: tuple[int, ...] = (),
+    removed: tuple[int, ...] = (),
+    idle_users: tuple[int, ...] = (),
 ) -> Path:
     """Write a finished dataset artifact to ``folder`` and return the folder.
 
     Args:
         folder: the artifact; an older one there is replaced.
-        num_items: items 0..num_items - 1, all with a sample.
+        num_items: items 0..num_items - 1, all but the removed ones with a sample.
         num_users: users; each has 8 interactions (fewer items: fewer), 6 train, 1 valid, 1 test.
         seed: equal arguments give equal bytes of tables and shards.
         image_size: side of the square JPEGs in pixels.
         samples_per_shard: items in one tar.
         without_image: item_index of items that have no picture.
         without_text: item_index of items whose title and text are empty.
+        removed: item_index of items of an earlier version: a row of the table and nothing else.
+        idle_users: user_index of users without any interaction.
     """
     factors = draw_factors(num_items=num_items, num_users=num_users, seed=seed)
     settings = {"num_items": num_items, "num_users": num_users, "seed": seed, "size": image_size}
@@ -86,17 +90,19 @@ def write_dataset(
             b"" if i in without_image else _picture(rng, int(factors.style[i]), image_size)
             for i in range(num_items)
         ]
-        _write_items(draft.path, texts, pictures)
+        _write_items(draft.path, texts, pictures, removed)
         _write_users(draft.path, num_users)
-        num_shards = _write_shards(draft.path, texts, pictures, samples_per_shard)
-        sizes = _write_interactions(draft.path, factors, np.random.default_rng([seed, 2]))
+        samples = [(i, texts[i], pictures[i]) for i in range(num_items) if i not in removed]
+        num_shards = _write_shards(draft.path, samples, samples_per_shard)
+        pairs = _draw_pairs(factors, np.random.default_rng([seed, 2]), removed, idle_users)
+        sizes = _write_interactions(draft.path, pairs)
         pq.write_table(schema.QUARANTINE.empty_table(), draft.path / "quarantine.parquet")
         draft.counts |= {
             "num_items": num_items,
             "num_users": num_users,
             "num_shards": num_shards,
-            "num_without_image": sum(not picture for picture in pictures),
-            "num_without_text": sum(not text for text in texts),
+            "num_without_image": sum(not picture for _, _, picture in samples),
+            "num_without_text": sum(not text for _, text, _ in samples),
             "num_quarantined": 0,
             **sizes,
         }
@@ -133,15 +139,18 @@ def _picture(rng: np.random.Generator, style: int, size: int) -> bytes:
     return file.getvalue()
 
 
-def _write_items(folder: Path, texts: list[str], pictures: list[bytes]) -> None:
+def _write_items(
+    folder: Path, texts: list[str], pictures: list[bytes], removed: tuple[int, ...]
+) -> None:
+    gone = np.isin(np.arange(len(texts)), removed)
     columns = {
         "item_index": pa.array(range(len(texts)), pa.int64()),
         "item_key": [f"item-{i}" for i in range(len(texts))],
         "title": [" ".join(text.split()[:2]) for text in texts],
         "text": texts,
-        "has_image": [bool(picture) for picture in pictures],
-        "has_text": [bool(text) for text in texts],
-        "removed": [False] * len(texts),
+        "has_image": np.array([bool(picture) for picture in pictures]) & ~gone,
+        "has_text": np.array([bool(text) for text in texts]) & ~gone,
+        "removed": gone,
     }
     pq.write_table(pa.table(columns, schema=schema.ITEMS), folder / "items.parquet")
 
@@ -155,14 +164,13 @@ def _write_users(folder: Path, num_users: int) -> None:
 
 
 def _write_shards(
-    folder: Path, texts: list[str], pictures: list[bytes], samples_per_shard: int
+    folder: Path, samples: list[tuple[int, str, bytes]], samples_per_shard: int
 ) -> int:
     (folder / "shards").mkdir(exist_ok=True)
     rows = []
-    starts = range(0, len(texts), samples_per_shard)
+    starts = range(0, len(samples), samples_per_shard)
     for start in starts:
-        indices = range(start, min(start + samples_per_shard, len(texts)))
-        content, offsets = _tar([(i, texts[i], pictures[i]) for i in indices])
+        content, offsets = _tar(samples[start : start + samples_per_shard])
         name = f"shards/{hashlib.sha256(content).hexdigest()[:16]}.tar"
         (folder / name).write_bytes(content)
         rows += [{"shard": name, "image_source": "", **row} for row in offsets]
@@ -194,20 +202,34 @@ def _tar(samples: list[tuple[int, str, bytes]]) -> tuple[bytes, list[dict[str, i
     return content_bytes, list(rows.values())
 
 
-def _write_interactions(folder: Path, factors: Factors, rng: np.random.Generator) -> dict[str, int]:
+def _draw_pairs(
+    factors: Factors,
+    rng: np.random.Generator,
+    removed: tuple[int, ...],
+    idle_users: tuple[int, ...],
+) -> dict[schema.Split, list[tuple[int, int]]]:
     """Draw each user's items by taste and deal them out: last to test, one before to valid."""
-    (folder / "interactions").mkdir(exist_ok=True)
     pairs: dict[schema.Split, list[tuple[int, int]]] = {"train": [], "valid": [], "test": []}
     num_items = len(factors.style)
     for user in range(len(factors.user_style)):
         taste = 3.0 * (factors.style == factors.user_style[user])
         taste += 3.0 * (factors.topic == factors.user_topic[user])
         noisy = taste + rng.gumbel(size=num_items)
-        liked = np.argsort(-noisy)[: min(_LIKES_PER_USER, num_items)]
+        noisy[list(removed)] = -np.inf
+        liked = np.argsort(-noisy)[: min(_LIKES_PER_USER, num_items - len(removed))]
         liked = rng.permutation(liked)
+        if user in idle_users:
+            continue
         pairs["train"] += [(user, int(i)) for i in liked[:-2]]
         pairs["valid"].append((user, int(liked[-2])))
         pairs["test"].append((user, int(liked[-1])))
+    return pairs
+
+
+def _write_interactions(
+    folder: Path, pairs: dict[schema.Split, list[tuple[int, int]]]
+) -> dict[str, int]:
+    (folder / "interactions").mkdir(exist_ok=True)
     for split, rows in pairs.items():
         rows.sort()
         columns = {

@@ -7,6 +7,8 @@ from alignrec.data.csr import CSR
 from alignrec.errors import UserError
 from alignrec.evaluation.ranking import rank_all, rank_blocks, rank_scores, stable_topk
 
+NONE = torch.tensor([], dtype=torch.int64)
+
 
 def random_csr(num_rows: int, num_cols: int, density: float, seed: int = 0) -> CSR:
     generator = torch.Generator().manual_seed(seed)
@@ -68,18 +70,34 @@ def test_rank_all_equals_brute_force_without_seen_items(block_users: int) -> Non
     users = torch.randn(10, 4, generator=generator, dtype=torch.float64)
     items = torch.randn(17, 4, generator=generator, dtype=torch.float64)
     seen = random_csr(10, 17, 0.4, seed=2)
-    topk = rank_all(users, items, seen=seen, k=6, block_users=block_users)
+    topk = rank_all(users, items, seen=seen, removed=NONE, k=6, block_users=block_users)
     for user in range(10):
         expected = brute_force(users[user] @ items.T, set(seen.row(user).tolist()), 6)
         assert topk[user].tolist() == expected
 
 
+@pytest.mark.parametrize("k", [6, 17])
+def test_removed_items_are_as_if_everybody_had_seen_them(k: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    users = torch.randn(10, 4, generator=generator)
+    items = torch.randn(17, 4, generator=generator)
+    removed = torch.tensor([0, 7, 16])
+    items[removed] *= 100  # they would be first of everybody's list, or last
+    seen = random_csr(10, 17, 0.4, seed=2)
+    topk = rank_all(users, items, seen=seen, removed=removed, k=k, block_users=3)
+    for user in range(10):
+        left_out = {*seen.row(user).tolist(), *removed.tolist()}
+        assert topk[user].tolist() == brute_force(users[user] @ items.T, left_out, k)
+
+
 def test_rank_all_of_chosen_users_is_the_same_as_their_rows() -> None:
     users, items = torch.randn(8, 4), torch.randn(20, 4)
     seen = random_csr(8, 20, 0.2)
-    every = rank_all(users, items, seen=seen, k=5)
+    every = rank_all(users, items, seen=seen, removed=NONE, k=5)
     chosen = torch.tensor([6, 1, 4])
-    assert torch.equal(rank_all(users, items, users=chosen, seen=seen, k=5), every[chosen])
+    assert torch.equal(
+        rank_all(users, items, users=chosen, seen=seen, removed=NONE, k=5), every[chosen]
+    )
 
 
 @pytest.mark.parametrize("k", [1, 4, 9, 30, 40])
@@ -88,7 +106,12 @@ def test_equal_scores_come_in_ascending_item_index(k: int) -> None:
     coarse = torch.randint(0, 3, (12, 30), generator=generator).float()
     seen = random_csr(12, 30, 0.3, seed=k)
     topk = rank_scores(
-        lambda block: coarse[block], users=torch.arange(12), seen=seen, k=k, block_users=5
+        lambda block: coarse[block],
+        users=torch.arange(12),
+        seen=seen,
+        removed=NONE,
+        k=k,
+        block_users=5,
     )
     for user in range(12):
         assert topk[user].tolist() == brute_force(coarse[user], set(seen.row(user).tolist()), k)
@@ -103,7 +126,7 @@ def test_stable_topk_returns_the_values_of_its_columns() -> None:
 
 def test_users_who_have_seen_everything_get_no_item() -> None:
     seen = CSR.from_pairs([0, 0, 0], [0, 1, 2], 2, 3)
-    topk = rank_all(torch.ones(2, 1), torch.ones(3, 1), seen=seen, k=2)
+    topk = rank_all(torch.ones(2, 1), torch.ones(3, 1), seen=seen, removed=NONE, k=2)
     assert topk.tolist() == [[-1, -1], [0, 1]]
 
 
@@ -112,7 +135,12 @@ def test_rank_blocks_yields_scores_beside_items() -> None:
     seen = CSR.from_pairs([], [], 5, 9)
     blocks = list(
         rank_blocks(
-            lambda b: users[b] @ items.T, users=torch.arange(5), seen=seen, k=4, block_users=2
+            lambda b: users[b] @ items.T,
+            users=torch.arange(5),
+            seen=seen,
+            removed=NONE,
+            k=4,
+            block_users=2,
         )
     )
     assert [b.tolist() for b, _, _ in blocks] == [[0, 1], [2, 3], [4]]
@@ -125,7 +153,7 @@ def test_embeddings_that_are_not_finite_are_refused(bad: float) -> None:
     items = torch.ones(4, 2)
     items[2, 1] = bad
     with pytest.raises(UserError, match="1 of 4 item embeddings are not finite"):
-        rank_all(torch.ones(3, 2), items, seen=CSR.from_pairs([], [], 3, 4), k=2)
+        rank_all(torch.ones(3, 2), items, seen=CSR.from_pairs([], [], 3, 4), removed=NONE, k=2)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -137,5 +165,6 @@ def test_scores_that_are_not_finite_are_refused_with_the_user(bad: float) -> Non
             lambda block: scores[block],
             users=torch.arange(3),
             seen=CSR.from_pairs([], [], 3, 9),
+            removed=NONE,
             k=2,
         )

@@ -61,7 +61,7 @@ class ParsedPage(HTMLParser):
 def make_page(tmp_path: Path, **changes: object) -> str:
     dataset = write_dataset(tmp_path / "data_prep")
     inputs = {"dataset": dataset, "embeddings": write_embeddings(tmp_path / "align", dataset)}
-    values = report.page_values(report.Page(OUTCOME, [], {}, inputs, "demo"))
+    values = report.page_values(report.Page(OUTCOME, [], {"num_removed_items": 0}, inputs, "demo"))
     return report.render({**values, **changes})
 
 
@@ -222,8 +222,14 @@ def test_user_tiles_show_history_hits_and_places(tmp_path: Path) -> None:
     user = torch.zeros(num_users, num_items)
     for u in range(num_users):
         user[u, test.row(u)] = 1.0  # scores its own held-out item first
-    shown = showcase.show_users(dataset, train, test, inner_product(user, item), ReportConfig())
+    removed = torch.tensor([0, 47])
+    user[:, removed] = 0.5  # would come next
+    shown = showcase.show_users(
+        dataset, train, test, inner_product(user, item), ReportConfig(), removed=removed
+    )
     assert len(shown) == 6
+    gone = set(showcase.read_titles(dataset, [0, 47]).values())
+    assert not gone & {tile.title for row in shown for tile in row.recommended}
     for row in shown:
         assert [tile.is_hit for tile in row.recommended] == [True] + [False] * 9
         assert [(h.rank, h.is_shown) for h in row.held_out] == [(1, True)]
@@ -278,7 +284,7 @@ def test_lineage_survives_a_deleted_source(tmp_path: Path) -> None:
     manifest["inputs"]["graph"] = {"path": str(tmp_path / "gone"), "identity": "f" * 64}
     artifacts.write_json(embeddings / artifacts.MANIFEST, manifest)
     inputs = {"dataset": dataset, "embeddings": embeddings}
-    values = report.page_values(report.Page(OUTCOME, [], {}, inputs, "demo"))
+    values = report.page_values(report.Page(OUTCOME, [], {"num_removed_items": 0}, inputs, "demo"))
     steps = values["steps"]
     assert [step.kind for step in steps] == ["dataset", "graph", "embeddings"]
     assert re.search(r"no longer at its place", report.render(values))
