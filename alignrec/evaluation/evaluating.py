@@ -126,7 +126,7 @@ def read_task(dataset: Path) -> Task:
 
 
 def _refuse_removed(
-    dataset: Path, held_out: Mapping[str, CSR], removed: Int64[Tensor, " num_removed"]
+    dataset: Path, held_out: Mapping[schema.Split, CSR], removed: Int64[Tensor, " num_removed"]
 ) -> None:
     """Refuse held-out items that can never be ranked: every model's recall would be understated."""
     for split, rows in held_out.items():
