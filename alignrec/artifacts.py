@@ -65,11 +65,16 @@ class Draft:
     """An artifact being written: put files below ``path``, fill in ``counts`` and ``facts``.
 
     Files below ``path / "work"`` (checkpoints, logs of a resumable stage) are dropped at the end.
+
+    Attributes:
+        checksums: path in the folder -> {"bytes", "sha256"} of files that were hashed while they
+            were written or that are links to files of a finished artifact: not read again.
     """
 
     path: Path
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    checksums: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def work(self) -> Path:
@@ -127,10 +132,12 @@ def open_draft(output: Path, *, fingerprint: str) -> Draft:
 
 
 def recover(output: Path) -> None:
-    """Finish the rename of an artifact whose stage was killed between its manifest and the end."""
+    """Finish an artifact whose stage was killed between its manifest and the end."""
     draft = partial_path(output)
     if (draft / MANIFEST).exists():
-        _finish(draft, output)
+        place(draft, output)
+    if is_unsettled(output):
+        settle(output)
 
 
 def publish(
@@ -143,7 +150,22 @@ def publish(
     inputs: Mapping[str, Path],
 ) -> Manifest:
     """Write the manifest of a complete draft and move it to ``output`` by rename."""
-    files = checksums(draft.path)
+    manifest = complete(draft, kind=kind, fingerprint=fingerprint, config=config, inputs=inputs)
+    place(draft.path, output)
+    settle(output)
+    return manifest
+
+
+def complete(
+    draft: Draft,
+    *,
+    kind: str,
+    fingerprint: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+) -> Manifest:
+    """Write the manifest of a draft: from now on it is an artifact, at the draft's place."""
+    files = checksums(draft.path, known=draft.checksums)
     sources = {name: read(path) for name, path in inputs.items()}
     manifest = Manifest(
         kind=kind,
@@ -162,8 +184,41 @@ def publish(
     )
     # Until the manifest is there a kill loses nothing; from then on nothing but the rename is left.
     write_json(draft.path / MANIFEST, dataclasses.asdict(manifest))
-    _finish(draft.path, output)
     return manifest
+
+
+def place(draft: Path, output: Path) -> None:
+    """Rename a draft with its manifest to ``output``; what was there is deleted."""
+    old = output.with_name(output.name + ".old")
+    _remove(old)
+    if os.path.lexists(output):
+        output.rename(old)
+    draft.rename(output)
+    _remove(old)
+
+
+def is_unsettled(output: Path) -> bool:
+    """Say whether an artifact at its place still has what only a draft needs."""
+    return (output / MANIFEST).exists() and (output / _FINGERPRINT).exists()
+
+
+def settle(output: Path) -> None:
+    """Drop what only a draft needs; its mark goes last, so that a killed call is made again."""
+    shutil.rmtree(output / WORK, ignore_errors=True)
+    for stray in output.rglob(f".*{_WRITING}"):
+        stray.unlink(missing_ok=True)
+    (output / _FINGERPRINT).unlink(missing_ok=True)
+
+
+def point(link: Path, target: str | Path) -> None:
+    """Make ``link`` a symbolic link to ``target`` by rename; what was there is deleted."""
+    spare = link.with_name(f".{link.name}.{os.getpid()}{_WRITING}")
+    spare.unlink(missing_ok=True)
+    spare.symlink_to(target)
+    if link.is_dir() and not link.is_symlink():
+        place(spare, link)
+    else:
+        spare.replace(link)
 
 
 @contextlib.contextmanager
@@ -237,10 +292,16 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def checksums(folder: Path) -> dict[str, dict[str, Any]]:
+def checksums(
+    folder: Path, *, known: Mapping[str, dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Return size and SHA-256 of every file of an artifact, by relative path.
 
     The manifest does not count, nor what belongs to an unfinished draft alone.
+
+    Args:
+        folder: the artifact.
+        known: entries that are right already: such a file is read only if its size is another.
     """
     result = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -249,9 +310,13 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
             continue
         if name.endswith(_WRITING):
             continue
+        size = path.stat().st_size
+        if known and known.get(name, {}).get("bytes") == size:
+            result[name] = dict(known[name])
+            continue
         with path.open("rb") as file:
             result[name] = {
-                "bytes": path.stat().st_size,
+                "bytes": size,
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
             }
     return result
@@ -303,19 +368,9 @@ def _commit() -> str | None:
     return result.stdout.strip()
 
 
-def _finish(draft: Path, output: Path) -> None:
-    """Move a draft with its manifest to its place, then drop what only a draft needs."""
-    _replace_folder(draft, output)
-    shutil.rmtree(output / WORK, ignore_errors=True)
-    for stray in [output / _FINGERPRINT, *output.rglob(f".*{_WRITING}")]:
-        stray.unlink(missing_ok=True)
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; what was there moves away first and is then deleted."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _remove(path: Path) -> None:
+    """Delete a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def test_a_kill_while_publishing_loses_nothing(
     def kill(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    name = {"checksums": "checksums", "rename": "_replace_folder"}[moment]
+    name = {"checksums": "checksums", "rename": "place"}[moment]
     monkeypatch.setattr(artifacts, name, kill)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "out")
