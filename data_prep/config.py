@@ -8,27 +8,16 @@ from alignrec import __version__
 from alignrec.configuration import digest, option
 from alignrec.errors import UserError
 from data_prep import locations
+from data_prep.columns import InteractionColumns as InteractionColumns
+from data_prep.columns import ItemColumns as ItemColumns
+from data_prep.locations import RawFile
+from data_prep.sources import PUBLIC_SOURCES
 
-Source = Literal["table", "mmrec", "synthetic"]
+Source = Literal["table", "amazon2014", "amazon2023", "movielens", "hm", "mmrec", "synthetic"]
 Strategy = Literal["user_random", "user_time", "user_last_out", "global_time"]
 # A name, or an IPv4 or IPv6 address; only a whole first label may be left open.
 _HOST = re.compile(r"(\*\.)?[\w-]+(\.[\w-]+)*\.?|[0-9a-fA-F:]*:[0-9a-fA-F:.]*")
 TIME_STRATEGIES: tuple[Strategy, ...] = ("user_time", "user_last_out", "global_time")
-
-
-@dataclasses.dataclass(frozen=True)
-class ItemColumns:
-    """Which columns of the item table mean what."""
-
-    key: str = option("item_id", "column of the item's unique key")
-    title: str | None = option("title", "column of the title; null: the catalogue has none")
-    text: tuple[str, ...] = option(
-        ("title", "brand", "categories", "description"),
-        "columns that make the encoder's text, in this order",
-    )
-    image: str | None = option(
-        "image", "column of the picture's path or URL; null: the catalogue has no pictures"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +27,11 @@ class ItemsConfig:
     path: str | tuple[str, ...] = option(
         "", "parquet, CSV or JSON-lines file(s): path, glob, folder or fsspec URL, or a list"
     )
-    columns: ItemColumns = option(ItemColumns(), "column mapping")
+    columns: ItemColumns = option(
+        ItemColumns(), "column mapping (source: table; a public dataset's adapter sets it)"
+    )
     keep: Literal["all", "interacted"] = option(
         "all", "all items, or only those with an interaction left after cleaning"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class InteractionColumns:
-    """Which columns of the interaction log mean what."""
-
-    user: str = option("user_id", "column of the user's key")
-    item: str = option("item_id", "column of the item's key")
-    rating: str | None = option(None, "column of the rating; null: the log has none")
-    timestamp: str | None = option(
-        None, "column of the time (seconds, a date or a time); null: the log has none"
     )
 
 
@@ -63,7 +42,9 @@ class InteractionsConfig:
     path: str | tuple[str, ...] = option(
         "", "parquet, CSV or JSON-lines file(s): path, glob, folder or fsspec URL, or a list"
     )
-    columns: InteractionColumns = option(InteractionColumns(), "column mapping")
+    columns: InteractionColumns = option(
+        InteractionColumns(), "column mapping (source: table; a public dataset's adapter sets it)"
+    )
     min_rating: float | None = option(None, "drop interactions rated lower; null: keep all")
     duplicates: Literal["last", "first"] = option(
         "last", "which of a pair's interactions stays, by time and then by row of the log"
@@ -214,8 +195,12 @@ class SyntheticConfig:
 class DataPrepConfig:
     """Settings of data preparation."""
 
-    source: Source = option("table", "table (your files), mmrec or synthetic")
-    items: ItemsConfig = option(ItemsConfig(), "the item table (source: table)")
+    source: Source = option(
+        "table",
+        "table (your files), amazon2014, amazon2023, movielens or hm (a public "
+        "dataset's own files), mmrec or synthetic",
+    )
+    items: ItemsConfig = option(ItemsConfig(), "the item table")
     interactions: InteractionsConfig = option(InteractionsConfig(), "the log and its cleaning")
     images: ImagesConfig = option(ImagesConfig(), "pictures")
     text: TextConfig = option(TextConfig(), "texts")
@@ -241,19 +226,22 @@ class DataPrepConfig:
     )
 
     def __post_init__(self) -> None:
-        """Refuse settings that are missing or would have no effect.
+        """Set a public dataset's columns; refuse what is missing or would have no effect.
 
         Raises:
             UserError: naming the setting.
         """
-        if self.source == "table":
+        if self.source in PUBLIC_SOURCES:
+            self._set_columns()
+        if self.source in ("mmrec", "synthetic"):
+            if self.items.path or self.interactions.path:
+                raise UserError(
+                    f"data_prep.items.path and interactions.path have no effect with source: "
+                    f"{self.source}. Remove them, or set data_prep.source to table."
+                )
+        else:
             _require(self.items.path, "items.path", "the item table")
             _require(self.interactions.path, "interactions.path", "the interaction log")
-        elif self.items.path or self.interactions.path:
-            raise UserError(
-                f"data_prep.items.path and interactions.path have no effect with source: "
-                f"{self.source}. Remove them, or set data_prep.source to table."
-            )
         if self.source == "mmrec":
             _require(self.mmrec.interactions, "mmrec.interactions", "the .inter file")
             _require(self.mmrec.features, "mmrec.features", "the feature files")
@@ -262,8 +250,12 @@ class DataPrepConfig:
         columns = self.interactions.columns
         if self.interactions.min_rating is not None and columns.rating is None:
             raise UserError(
-                "data_prep.interactions.min_rating needs ratings, but no column is named as one. "
-                "Set data_prep.interactions.columns.rating."
+                "data_prep.interactions.min_rating needs ratings, but "
+                + (
+                    f"the log of source {self.source} has none. Remove it."
+                    if self.source in PUBLIC_SOURCES
+                    else "no column is named as one. Set data_prep.interactions.columns.rating."
+                )
             )
         if (
             self.source == "table"
@@ -292,8 +284,45 @@ class DataPrepConfig:
             paths = [self.mmrec.interactions, *self.mmrec.features]
             paths += [self.mmrec.item_keys] if self.mmrec.item_keys else []
         else:
-            paths = [*paths_of(self.items.path), *paths_of(self.interactions.path)]
+            files = [*self.item_files(), *self.interaction_files()]
+            return digest([dataclasses.asdict(file) for file in files])
         return digest([dataclasses.asdict(file) for file in locations.find(paths)])
+
+    def item_files(self) -> list[RawFile]:
+        """Return the files of the item table.
+
+        Raises:
+            UserError: nothing is there.
+        """
+        files = locations.find(paths_of(self.items.path))
+        if self.source not in PUBLIC_SOURCES:
+            return files
+        pictures = locations.absolute(self.images.root) if self.images.root else ""
+        reader = PUBLIC_SOURCES[self.source].item_format
+        return [dataclasses.replace(file, format=reader, pictures=pictures) for file in files]
+
+    def interaction_files(self) -> list[RawFile]:
+        """Return the files of the interaction log.
+
+        Raises:
+            UserError: nothing is there.
+        """
+        files = locations.find(paths_of(self.interactions.path))
+        if self.source not in PUBLIC_SOURCES:
+            return files
+        reader = PUBLIC_SOURCES[self.source].interaction_format
+        return [dataclasses.replace(file, format=reader) for file in files]
+
+    def _set_columns(self) -> None:
+        public = PUBLIC_SOURCES[self.source]
+        for name, columns in (("items", public.items), ("interactions", public.interactions)):
+            section = getattr(self, name)
+            if section.columns not in (type(columns)(), columns):
+                raise UserError(
+                    f"data_prep.{name}.columns has no effect with source: {self.source}, whose "
+                    f"columns are known. Remove it, or set data_prep.source to table."
+                )
+            object.__setattr__(self, name, dataclasses.replace(section, columns=columns))
 
 
 def paths_of(path: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -23,11 +23,15 @@ class RawFile:
         url: absolute path or URL, as fsspec opens it.
         size: bytes; -1 where the server does not say.
         state: time of change or ETag, where there is one.
+        format: name of an adapter's reader; empty: the suffix says the format.
+        pictures: folder of the items' pictures, for adapters that look what is there.
     """
 
     url: str
     size: int
     state: str
+    format: str = ""
+    pictures: str = ""
 
     @property
     def suffix(self) -> str:
@@ -44,6 +48,21 @@ class RawFile:
         """Open the raw bytes (still compressed)."""
         file: IO[bytes] = fsspec.open(self.url, "rb").open()
         return file
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a file that can be read by itself.
+
+    Attributes:
+        file: the file.
+        row_groups: those of a parquet file; None: the whole file.
+        first_row: rows of the file before this piece.
+    """
+
+    file: RawFile
+    row_groups: tuple[int, ...] | None = None
+    first_row: int = 0
 
 
 def absolute(path: str) -> str:
