@@ -219,7 +219,7 @@ class WebClient:
                 answer = self._ask(target, clock)
             if isinstance(answer, bytes):
                 return answer
-            target = parse(urljoin(target.url, answer), self._policy)
+            target = parse(_joined(target, answer), self._policy)
         raise BadImage(
             Reason.IMAGE_HTTP_ERROR,
             f"{target.shown}: more than {self._settings.max_redirects} redirects",
@@ -264,15 +264,9 @@ class WebClient:
             connection = self._connection(target)
             response = self._request(connection, target, clock)
         try:
-            answer = self._answer(response, target)
-        except (BadImage, _Passing):
+            return self._answer(response, target)
+        finally:
             self._put_back(connection, response)
-            raise
-        except BaseException:
-            connection.close()
-            raise
-        self._put_back(connection, response)
-        return answer
 
     def _request(
         self, connection: "_Connection", target: Target, clock: _Clock
@@ -330,10 +324,12 @@ class WebClient:
 
     def _put_back(self, connection: "_Connection", response: http.client.HTTPResponse) -> None:
         """Keep a connection whose answer was read to its end, in place of the oldest one."""
+        at_end = response.isclosed()
+        response.close()
         connection.used = True
         unwanted = [connection]
         with self._lock:
-            if response.isclosed() and not response.will_close and not self._closed.is_set():
+            if at_end and not response.will_close and not self._closed.is_set():
                 self._idle.append(connection)
                 unwanted = self._idle[:-_MAX_IDLE]
                 del self._idle[:-_MAX_IDLE]
@@ -413,18 +409,23 @@ class _TimedSocket:
 
 
 class _TimedReader(io.RawIOBase):
-    """The receiving half of a connection."""
+    """The receiving half of a connection; the socket stays open until this is closed too."""
 
     def __init__(self, inner: socket.socket, connection: _Connection) -> None:
         self._inner = inner
         self._connection = connection
+        self._raw = inner.makefile("rb", buffering=0)
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - a writable buffer
+    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - a writable buffer
         self._inner.settimeout(self._connection.seconds())
-        return self._inner.recv_into(buffer)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def _checked_addresses(target: Target, policy: Policy) -> list[tuple[str, int]]:
@@ -451,6 +452,15 @@ def _checked_addresses(target: Target, policy: Policy) -> list[tuple[str, int]]:
             )
         addresses = public
     return [(address, target.port) for address in dict.fromkeys(addresses)]
+
+
+def _joined(target: Target, location: str) -> str:
+    """Return where a redirect leads; its address may be relative to the one that was asked."""
+    try:
+        return urljoin(target.url, location)
+    except ValueError as error:
+        shown = without_secrets(location)
+        raise BadImage(Reason.IMAGE_BAD_URL, f"{target.shown} leads to {shown}") from error
 
 
 def _authorization(user: str | None, password: str | None) -> str | None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from data_prep import fetching
@@ -83,3 +84,43 @@ def test_a_root_may_be_a_url() -> None:
     assert fetching.resolve("a/b.jpg", rules) == "s3://bucket/pictures/a/b.jpg"
     with pytest.raises(BadImage):
         fetching.resolve("../other/b.jpg", rules)
+
+
+def test_the_state_of_a_file_changes_when_it_does(root: Path) -> None:
+    given = rules_at(root)
+    before = fetching.source_state("good.jpg", given)
+    assert fetching.source_state(str(root / "good.jpg"), given) == before
+    os.utime(root / "good.jpg", ns=(1, 1))
+    assert fetching.source_state("good.jpg", given) == f"{len(CONTENT)}:1"
+    (root / "good.jpg").write_bytes(CONTENT + b"x")
+    assert fetching.source_state("good.jpg", given) not in (before, f"{len(CONTENT)}:1")
+    (root / "good.jpg").unlink()
+    assert fetching.source_state("good.jpg", given) == fetching.ABSENT
+
+
+def test_the_state_of_an_object_in_a_store() -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe("/pictures/a.jpg", CONTENT)
+    given = rules_at(Path("/"), allowed_schemes=("memory",))
+    before = fetching.source_state("memory://pictures/a.jpg", given)
+    assert fetching.source_state("memory://pictures/a.jpg", given) == before
+    assert read("memory://pictures/a.jpg", given) == CONTENT
+    store.pipe("/pictures/a.jpg", CONTENT[::-1])
+    assert fetching.source_state("memory://pictures/a.jpg", given) != before
+    store.rm("/pictures/a.jpg")
+    assert fetching.source_state("memory://pictures/a.jpg", given) == fetching.ABSENT
+
+
+@pytest.mark.parametrize(
+    ("reference", "state"),
+    [
+        ("../secret.jpg", fetching.FORBIDDEN),
+        ("http://127.0.0.1/x.jpg", fetching.FORBIDDEN),
+        ("https://other.example/x.jpg", fetching.FORBIDDEN),
+        ("https://a.example/x.jpg", ""),
+        ("good.jpg/inside", fetching.UNKNOWN),
+    ],
+)
+def test_the_state_of_what_is_not_read(root: Path, reference: str, state: str) -> None:
+    given = rules_at(root, allowed_schemes=("https",), allowed_hosts=("a.example",))
+    assert fetching.source_state(reference, given) == state
