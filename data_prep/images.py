@@ -26,6 +26,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _WHITE = (255, 255, 255)
+# Each scan of a progressive JPEG is a pass over all pixels and can be 12 bytes long; encoders make
+# about ten.
+_SCAN = b"\xff\xda"
+_MAX_SCANS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,10 @@ def _prepare(data: bytes, rules: ImageRules) -> Picture:
             )
         if min(width, height) < rules.min_side:
             raise BadImage(Reason.IMAGE_TOO_SMALL, f"{width} x {height} pixels")
+        if "progressive" in image.info and data.count(_SCAN) > _MAX_SCANS:
+            raise BadImage(Reason.IMAGE_CORRUPT, f"{data.count(_SCAN)} scans: would take for ever")
+        if image.format == "PNG":
+            image.load()  # reading EXIF would do it and pass over the damage that it meets
         orientation = _orientation(image)
         animated = bool(getattr(image, "is_animated", False))
         right = image.format == "JPEG" and image.mode == "RGB" and orientation == 1
