@@ -6,8 +6,9 @@ train on the same triples, and a resume needs no state but (epoch, step).
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,6 +17,9 @@ from torch import Tensor
 from alignrec.data.csr import CSR
 from alignrec.graph.loader import TripleOrder
 from alignrec.graph.negatives import Positives, draw_negatives
+
+# Negatives drawn at once: enough to hide the cost of calls, few enough for the processor's cache.
+_BLOCK_TRIPLES = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +61,40 @@ class TripleSchedule:
 
     def __init__(self, train: CSR, *, batch_size: int, seed: int) -> None:
         self._user, self._item = train.rows, train.columns
-        self._positives = Positives(train.row_offsets, train.columns)
+        self._positives = Positives.indexed(train.row_offsets, train.columns, train.num_cols)
         self._candidates = torch.unique(train.columns)
         self._seed = seed
         self.num_steps = math.ceil(len(train.columns) / batch_size)
         self._order = TripleOrder(self._user, self._item, seed=seed, num_steps=self.num_steps)
 
     def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[Triples]:
-        """Yield the triples of each step from ``first_step`` on; a step may be empty."""
+        """Yield the triples of each step from ``first_step`` on; a step may be empty.
+
+        Negatives are drawn for many steps at once: by the step, calls would cost more than work.
+        """
         self._order.start(epoch, first_step)
+        waiting: list[list[int]] = []
         for positions in self._order:
-            chosen = torch.tensor(positions, dtype=torch.int64)
-            user, item = self._user[chosen], self._item[chosen]
-            negative = draw_negatives(
-                user,
-                item,
-                rows=user,
-                positives=self._positives,
-                candidates=self._candidates,
-                seed=self._seed,
-                epoch=epoch,
-            )
-            yield Triples(user, item, negative.squeeze(1))
+            waiting.append(positions)
+            if sum(map(len, waiting)) >= _BLOCK_TRIPLES:
+                yield from self._triples(waiting, epoch)
+                waiting = []
+        if waiting:
+            yield from self._triples(waiting, epoch)
+
+    def _triples(self, steps: list[list[int]], epoch: int) -> Sequence[Triples]:
+        """Return the triples of some steps."""
+        chosen = torch.tensor(list(itertools.chain(*steps)), dtype=torch.int64)
+        user, item = self._user[chosen], self._item[chosen]
+        negative = draw_negatives(
+            user,
+            item,
+            rows=user,
+            positives=self._positives,
+            candidates=self._candidates,
+            seed=self._seed,
+            epoch=epoch,
+        ).squeeze(1)
+        sizes = [len(positions) for positions in steps]
+        parts = (user.split(sizes), item.split(sizes), negative.split(sizes))
+        return [Triples(*step) for step in zip(*parts, strict=True)]

@@ -1,9 +1,10 @@
 """Items that a user has not interacted with, drawn at random (triples of both training modes)."""
 
 import dataclasses
+import functools
 
 import torch
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Int, Int64, UInt8
 from torch import Tensor
 
 from alignrec.errors import UserError
@@ -11,6 +12,8 @@ from alignrec.graph.hashing import hash_ids, salt, uniform_below
 
 _STREAM = 0x4E4547
 _MAX_DRAWS = 128
+# Up to this many (row, item) pairs there is a bit for each of them: 128 MiB.
+_MAX_BITS = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +23,44 @@ class Positives:
     Attributes:
         indptr: the list of row r lies at ``indptr[r]`` .. ``indptr[r + 1]``.
         items: item_index, ascending in each list.
+        bitmap: a bit for each (row, item), eight to a byte, or None: the lists are searched.
+        width: items of a row of ``bitmap``.
     """
 
     indptr: Int64[Tensor, " rows_plus_1"]
     items: Int[Tensor, " num_edges"]
+    bitmap: UInt8[Tensor, " bytes"] | None = None
+    width: int = 0
+
+    @classmethod
+    def indexed(
+        cls, indptr: Int64[Tensor, " rows_plus_1"], items: Int[Tensor, " num_edges"], num_items: int
+    ) -> "Positives":
+        """Build with a bitmap, where that is small enough."""
+        num_rows = len(indptr) - 1
+        if num_rows * num_items > _MAX_BITS:
+            return cls(indptr, items)
+        rows = torch.arange(num_rows, device=indptr.device).repeat_interleave(indptr.diff())
+        pairs = rows * num_items + items
+        bits = torch.zeros(num_rows * num_items // 8 + 1, dtype=torch.uint8, device=indptr.device)
+        # Every pair occurs once, so adding bits is setting them.
+        bits.index_add_(0, pairs >> 3, (1 << (pairs & 7)).to(torch.uint8))
+        return cls(indptr, items, bits, num_items)
 
     def contains(self, rows: Int64[Tensor, " n"], items: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
-        """Tell for each (row, item) whether the item is in the row's list, by bisection."""
+        """Tell for each (row, item) whether the item is in the row's list."""
+        if self.bitmap is None:
+            return self._found(rows, items)
+        pairs = rows * self.width + items
+        return (self.bitmap.index_select(0, pairs >> 3) >> (pairs & 7)) & 1 != 0
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Items in the longest list."""
+        return int(self.indptr.diff().max()) if len(self.indptr) > 1 else 0
+
+    def _found(self, rows: Tensor, items: Tensor) -> Tensor:
+        """Look by bisection."""
         if len(self.items) == 0:
             return torch.zeros_like(rows, dtype=torch.bool)
         low, end = self.indptr[rows], self.indptr[rows + 1]
@@ -69,30 +103,44 @@ def draw_negatives(
     Raises:
         UserError: a user has interacted with every candidate.
     """
-    lengths = positives.indptr[rows + 1] - positives.indptr[rows]
-    if bool((lengths >= len(candidates)).any()):
-        user = int(users[lengths >= len(candidates)][0])
-        raise UserError(
-            f"user_index {user} has interacted with all {len(candidates)} items that occur in "
-            f"training, so there is no item that the user does not prefer. Remove such users in "
-            f"data_prep, or add items."
-        )
+    _check_choice(users, rows, positives, len(candidates))
     pairs = hash_ids(items, hash_ids(users, salt(seed, epoch, _STREAM)))
     slots = torch.arange(num_negatives, device=users.device)
     identities = hash_ids(pairs[:, None] + slots, salt(_STREAM)).ravel()
-    rows = rows.repeat_interleave(num_negatives)
-    result = torch.empty_like(identities)
-    pending = torch.arange(len(identities), device=users.device)
-    for draw in range(_MAX_DRAWS):
-        places = uniform_below(hash_ids(identities[pending], salt(draw)), len(candidates))
-        drawn = candidates[places].to(torch.int64)
-        result[pending] = drawn
-        pending = pending[positives.contains(rows[pending], drawn)]
+    if num_negatives > 1:
+        rows = rows.repeat_interleave(num_negatives)
+    result, taken = _draw(identities, rows, positives, candidates, draw=0)
+    pending = taken.nonzero().squeeze(1)
+    for draw in range(1, _MAX_DRAWS):
         if len(pending) == 0:
             return result.view(-1, num_negatives)
+        drawn, taken = _draw(identities[pending], rows[pending], positives, candidates, draw=draw)
+        result[pending] = drawn
+        pending = pending[taken]
     for place in pending.tolist():  # users with nearly all candidates: list what is left
         result[place] = _pick_free(int(rows[place]), identities[place], positives, candidates)
     return result.view(-1, num_negatives)
+
+
+def _draw(
+    identities: Tensor, rows: Tensor, positives: Positives, candidates: Tensor, *, draw: int
+) -> tuple[Tensor, Tensor]:
+    """Return a candidate for each, and which of them are positives."""
+    places = uniform_below(hash_ids(identities, salt(draw)), len(candidates))
+    drawn = candidates.index_select(0, places).to(torch.int64)
+    return drawn, positives.contains(rows, drawn)
+
+
+def _check_choice(users: Tensor, rows: Tensor, positives: Positives, num_candidates: int) -> None:
+    if positives.longest < num_candidates:
+        return
+    everything = positives.indptr[rows + 1] - positives.indptr[rows] >= num_candidates
+    if bool(everything.any()):
+        raise UserError(
+            f"user_index {int(users[everything][0])} has interacted with all {num_candidates} "
+            f"items that occur in training, so there is no item that the user does not prefer. "
+            f"Remove such users in data_prep, or add items."
+        )
 
 
 def _pick_free(row: int, identity: Tensor, positives: Positives, candidates: Tensor) -> Tensor:

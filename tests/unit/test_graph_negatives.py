@@ -35,8 +35,18 @@ def draw(positives: Positives, liked: torch.Tensor, **changes: int) -> tuple[tor
 def test_contains_is_a_lookup() -> None:
     positives, liked = random_positives(17, 40, 0.2)
     rows, items = torch.meshgrid(torch.arange(17), torch.arange(40), indexing="ij")
-    found = positives.contains(rows.ravel(), items.ravel())
-    assert torch.equal(found.view(17, 40), liked)
+    indexed = Positives.indexed(positives.indptr, positives.items, 40)
+    assert indexed.bitmap is not None
+    for lists in (positives, indexed):
+        found = lists.contains(rows.ravel(), items.ravel())
+        assert torch.equal(found.view(17, 40), liked)
+
+
+def test_no_bitmap_where_it_would_be_large() -> None:
+    positives, liked = random_positives(5, 40, 0.2)
+    indexed = Positives.indexed(positives.indptr, positives.items, 2**29)
+    assert indexed.bitmap is None
+    assert indexed.contains(torch.arange(5), torch.full((5,), 3)).tolist() == liked[:, 3].tolist()
 
 
 def test_contains_with_empty_lists() -> None:
