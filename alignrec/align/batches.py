@@ -96,5 +96,5 @@ class TripleSchedule:
             epoch=epoch,
         ).squeeze(1)
         sizes = [len(positions) for positions in steps]
-        parts = (user.split(sizes), item.split(sizes), negative.split(sizes))
+        parts = [torch.split(column, sizes) for column in (user, item, negative)]
         return [Triples(*step) for step in zip(*parts, strict=True)]
