@@ -96,14 +96,18 @@ class ObjectiveConfig:
 class TokenizerConfig:
     """Where the tokenizer comes from."""
 
-    path: Path | None = option(
-        None, "a Hugging Face tokenizer.json; without one it is trained on the catalogue's text"
+    path: str | None = option(
+        None,
+        "a tokenizer.json, a sentencepiece model (beit3.spm), or a folder or hub id of a "
+        "transformers tokenizer; without one it is trained on the catalogue's text",
     )
     vocabulary_size: int = option(
         4096, "tokens of a trained tokenizer, at most (a smaller catalogue has fewer)", minimum=300
     )
     initial_vectors: Literal["texts", "random"] = option(
-        "texts", "token embeddings start from which tokens share texts, or at random"
+        "texts",
+        "token embeddings start from which tokens share texts, or at random; those of "
+        "initial.checkpoint go before both",
     )
 
     def __post_init__(self) -> None:
@@ -116,6 +120,32 @@ class TokenizerConfig:
             raise UserError(
                 f"pretrain.tokenizer.vocabulary_size={self.vocabulary_size} has no effect on "
                 f"{self.path}, which is not trained here. Leave one of the two out."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialConfig:
+    """Weights to start from instead of random ones."""
+
+    checkpoint: Path | None = option(
+        None,
+        "BEiT-3's .pth or .safetensors, or the folder of an encoder trained here; needs "
+        "tokenizer.path, because token embeddings mean nothing with other tokens",
+    )
+    heads: Literal["load", "fresh"] = option(
+        "load", "take the prediction heads that fit from the checkpoint, or draw them anew"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a setting that another one makes idle.
+
+        Raises:
+            UserError: heads of no checkpoint.
+        """
+        if self.checkpoint is None and self.heads != "load":
+            raise UserError(
+                f"pretrain.initial.heads={self.heads} has no effect without initial.checkpoint. "
+                f"Leave it out or name a checkpoint."
             )
 
 
@@ -147,6 +177,7 @@ class PretrainConfig:
     encoder: EncoderConfig = option(EncoderConfig(), "shape of the encoder")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is masked and predicted")
     tokenizer: TokenizerConfig = option(TokenizerConfig(), "where the tokenizer comes from")
+    initial: InitialConfig = option(InitialConfig(), "weights to start from")
     loader: LoaderConfig = option(LoaderConfig(), "how samples are read")
     epochs: int = option(10, "passes over the items", minimum=1)
     max_steps: int | None = option(
@@ -190,11 +221,23 @@ class PretrainConfig:
         affects_result=False,
     )
 
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            UserError: given token embeddings for a tokenizer that is trained here.
+        """
+        if self.initial.checkpoint is not None and self.tokenizer.path is None:
+            raise UserError(
+                f"pretrain.initial.checkpoint={self.initial.checkpoint} holds embeddings of its "
+                f"own tokens, but the tokenizer would be trained on the catalogue. Set "
+                f"pretrain.tokenizer.path to the checkpoint's tokenizer (beit3.spm for BEiT-3)."
+            )
+
     def source_identity(self) -> str:
-        """Return a digest of the given tokenizer's content."""
-        path = self.tokenizer.path
-        given = path.read_bytes() if path is not None and path.is_file() else b""
-        return configuration.digest(hashlib.sha256(given).hexdigest())
+        """Return a digest of the given tokenizer's and checkpoint's content."""
+        given = [self.tokenizer.path, self.initial.checkpoint]
+        return configuration.digest([_content(Path(path)) for path in given if path is not None])
 
     def split_batch(self, num_ranks: int) -> tuple[int, int]:
         """Return (micro batch size, accumulation) for this number of ranks.
@@ -213,3 +256,13 @@ class PretrainConfig:
                 f"batch a multiple of {micro * num_ranks} or change micro_batch_size."
             )
         return micro, accumulation
+
+
+def _content(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of a file, or of every file in a folder; empty for a hub id."""
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
+    result = {}
+    for file in files:
+        with file.open("rb") as stream:
+            result[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return result

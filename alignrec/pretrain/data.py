@@ -119,7 +119,7 @@ def mask_settings(config: PretrainConfig, words: Words) -> MaskSettings:
         alone_text_ratio=config.objective.alone_text_ratio,
         patches_per_side=architecture.patches_per_side,
         mask_id=words.mask_id,
-        first_word_id=words.first_word_id,
+        special_ids=words.special_ids,
         vocabulary_size=words.vocabulary_size,
     )
 

@@ -33,7 +33,7 @@ class MaskSettings:
         alone_text_ratio: share of tokens masked without a picture.
         patches_per_side: grid of patches.
         mask_id: token that stands for a masked one.
-        first_word_id: ids from here on are words; below lie the special tokens.
+        special_ids: tokens that are never masked nor stand for a masked one, ascending.
         vocabulary_size: one past the largest id.
     """
 
@@ -43,7 +43,7 @@ class MaskSettings:
     alone_text_ratio: float
     patches_per_side: int
     mask_id: int
-    first_word_id: int
+    special_ids: tuple[int, ...]
     vocabulary_size: int
 
 
@@ -77,9 +77,8 @@ def draw_masks(batch: ItemBatch, settings: MaskSettings, *, epoch: int) -> Masks
             patches[row] = mask_blocks(side, count, rng).ravel()
         paired = bool(batch.has_image[row])
         ratio = settings.paired_text_ratio if paired else settings.alone_text_ratio
-        words = np.flatnonzero(
-            (batch.tokens[row] >= settings.first_word_id) & ~batch.text_padding[row]
-        )
+        is_word = np.isin(batch.tokens[row], settings.special_ids, invert=True)
+        words = np.flatnonzero(is_word & ~batch.text_padding[row])
         chosen = mask_words(words, ratio, rng)
         text[row, chosen] = True
         tokens[row, chosen] = replace_words(tokens[row, chosen], settings, rng)
@@ -118,6 +117,9 @@ def mask_words(words: Ints, ratio: float, rng: np.random.Generator) -> Ints:
 def replace_words(tokens: Ints, settings: MaskSettings, rng: np.random.Generator) -> Ints:
     """Return what the encoder sees in place of masked tokens: 80 % mask, 10 % random, 10 % kept."""
     draw = rng.random(len(tokens))
-    anything = rng.integers(settings.first_word_id, settings.vocabulary_size, size=len(tokens))
+    num_words = settings.vocabulary_size - len(settings.special_ids)
+    anything = rng.integers(num_words, size=len(tokens))  # counts words alone
+    for special in settings.special_ids:
+        anything += anything >= special
     shown = np.where(draw < _REPLACED + _RANDOM, anything, tokens)
     return np.where(draw < _REPLACED, settings.mask_id, shown)

@@ -1,4 +1,4 @@
-"""Text to token ids: trained on the catalogue's text, or given as a tokenizer.json."""
+"""Text to token ids: trained on the catalogue's text, or given (dataset -> masking)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,11 +9,19 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from alignrec.errors import UserError
 from alignrec.pretrain.config import TokenizerConfig
+from alignrec.pretrain.given_tokenizer import read_given, read_json
 
 TOKENIZER = "tokenizer.json"
 # Ids 0 .. 4; the same words as in XLM-R's vocabulary, which BEiT-3 uses.
 START, PADDING, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 SPECIAL = (START, PADDING, END, UNKNOWN, MASK)
+# What tokenizers of masked language models call these four, the first that is there counts.
+_ROLES = {
+    "start": (START, "[CLS]", "<cls>"),
+    "end": (END, "[SEP]", "<sep>", "<eos>"),
+    "padding": (PADDING, "[PAD]"),
+    "mask": (MASK, "[MASK]"),
+}
 _ROWS_AT_ONCE = 4096
 
 
@@ -43,9 +51,9 @@ class Words:
         return max(self.tokenizer.get_vocab().values()) + 1
 
     @property
-    def first_word_id(self) -> int:
-        """Smallest id of a token that can be masked: those around a text lie below it."""
-        return max(self.start_id, self.end_id, self.padding_id) + 1
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens around a text, ascending: they are never masked."""
+        return tuple(sorted({self.start_id, self.end_id, self.padding_id}))
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of a text, cut to ``max_length``."""
@@ -81,49 +89,28 @@ def write_tokenizer(dataset: Path, config: TokenizerConfig, target: Path) -> Non
     if config.path is None:
         train(filter(None, read_texts(dataset)), config.vocabulary_size).save(str(target))
     else:
-        _read(config.path).save(str(target))
+        read_given(config.path).save(str(target))
 
 
 def load_words(path: Path, *, max_length: int) -> Words:
     """Read a tokenizer.json.
 
     Raises:
-        UserError: no such file, or its special tokens are absent or come after words.
+        UserError: no such file, or a special token that masking needs is absent.
     """
-    tokenizer = _read(path)
+    tokenizer = read_json(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    found = {name: tokenizer.token_to_id(name) for name in (START, END, PADDING, MASK)}
-    ids = {name: number for name, number in found.items() if number is not None}
-    if missing := found.keys() - ids.keys():
-        raise UserError(
-            f"{path} has no token {' '.join(sorted(missing))}, which masking needs. Use a "
-            f"tokenizer with {' '.join(SPECIAL)}, or leave tokenizer.path out to train one."
-        )
-    words = Words(tokenizer, max_length, ids[START], ids[END], ids[PADDING], ids[MASK])
-    _refuse_words_below(words.first_word_id, tokenizer, path)
-    return words
-
-
-def _refuse_words_below(first_word_id: int, tokenizer: Tokenizer, path: Path) -> None:
-    ids = tokenizer.get_vocab()
-    low = [word for word, number in ids.items() if number < first_word_id and word not in SPECIAL]
-    if low:
-        raise UserError(
-            f"{path} has {len(low)} words (such as {min(low)!r}) before the last of {START} "
-            f"{PADDING} {END}, which would never be masked. Use a tokenizer whose special tokens "
-            f"come first, or leave pretrain.tokenizer.path out to train one."
-        )
-
-
-def _read(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(
-            f"{path} is no tokenizer.json of Hugging Face tokenizers ({error}). Correct "
-            f"pretrain.tokenizer.path, or leave it out to train one on the catalogue."
-        ) from error
+    ids: dict[str, int] = {}
+    for role, names in _ROLES.items():
+        found = (tokenizer.token_to_id(name) for name in names)
+        if (number := next((i for i in found if i is not None), None)) is None:
+            raise UserError(
+                f"{path} has no token {' or '.join(names)}, which masking needs. Use the tokenizer "
+                f"of a masked language model, or leave pretrain.tokenizer.path out to train one."
+            )
+        ids[f"{role}_id"] = number
+    return Words(tokenizer, max_length, **ids)
 
 
 def read_texts(dataset: Path) -> Iterator[str]:

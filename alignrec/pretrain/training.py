@@ -27,6 +27,12 @@ from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
 from alignrec.pretrain.encoder import save_encoder
 from alignrec.pretrain.engine import Engine, deepspeed_group
 from alignrec.pretrain.held_out import judge, write_reconstructions
+from alignrec.pretrain.initial import (
+    INITIAL,
+    TOKEN_EMBEDDINGS,
+    read_initial,
+    write_initial,
+)
 from alignrec.pretrain.objective import (
     LOSSES,
     MaskedBatch,
@@ -54,7 +60,7 @@ def run(config: PretrainConfig, context: Context) -> None:
             lost_peers_reported(rank, doing="pretraining"),
         ):
             config.split_batch(rank.world_size)  # a mistake here is told before anything is written
-            draft = _open_draft(config, context, rank)
+            draft = _open_draft(config, context, rank, telemetry)
             trainer, weights = _train(config, context, draft, rank, telemetry)
         if rank.is_first:  # the peers do not wait: checksums may take longer than the timeout
             _publish(trainer, weights, draft, context)
@@ -77,25 +83,31 @@ def _train(
         return trainer, _finish(trainer, draft)
 
 
-def _open_draft(config: PretrainConfig, context: Context, rank: Rank) -> artifacts.Draft:
+def _open_draft(
+    config: PretrainConfig, context: Context, rank: Rank, telemetry: Telemetry
+) -> artifacts.Draft:
     if rank.is_first:
         draft = artifacts.open_draft(context.output, fingerprint=context.fingerprint)
-        if not (draft.path / TOKENIZER).exists():
-            written = draft.work / TOKENIZER
-            write_tokenizer(context.inputs["dataset"], config.tokenizer, written)
-            written.replace(draft.path / TOKENIZER)
-        if config.tokenizer.initial_vectors == "texts" and not (draft.work / VECTORS).exists():
-            words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
-            width = config.encoder.architecture(words.vocabulary_size).width
-            write_word_vectors(
-                context.inputs["dataset"],
-                words,
-                draft.work / VECTORS,
-                width=width,
-                seed=config.seed,
-            )
+        _prepare(config, context.inputs["dataset"], draft, telemetry)
     barrier(rank)
     return artifacts.Draft(artifacts.partial_path(context.output))
+
+
+def _prepare(
+    config: PretrainConfig, dataset: Path, draft: artifacts.Draft, telemetry: Telemetry
+) -> None:
+    """Write what all ranks start from, unless a killed run has left it: tokenizer and weights."""
+    if not (draft.path / TOKENIZER).exists():
+        written = draft.work / TOKENIZER
+        write_tokenizer(dataset, config.tokenizer, written)
+        written.replace(draft.path / TOKENIZER)
+    words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
+    if config.initial.checkpoint is not None:
+        if not (draft.work / INITIAL).exists():
+            telemetry.say(write_initial(config, words, draft.work / INITIAL))
+    elif config.tokenizer.initial_vectors == "texts" and not (draft.work / VECTORS).exists():
+        width = config.encoder.architecture(words.vocabulary_size).width
+        write_word_vectors(dataset, words, draft.work / VECTORS, width=width, seed=config.seed)
 
 
 class Trainer:
@@ -126,25 +138,29 @@ class Trainer:
     def resume(self) -> None:
         """Build the model and go on from the newest checkpoint, if there is one."""
         config = self.config
-        model = build_model(
-            config.encoder.architecture(self.words.vocabulary_size),
-            config.objective,
-            seed=config.seed,
-        )
         found = checkpoint.latest(self.checkpoints)
         barrier(self.rank)
-        state = _load_state(found) if found else {}
-        if not found and config.tokenizer.initial_vectors == "texts":
-            vectors = read_word_vectors(self.checkpoints.with_name(VECTORS))
-            model.encoder.text_embed.weight.data.copy_(vectors)
+        state = _load_state(found) if found else self._first_state()
+        # a checkpoint may have embeddings for more tokens than its tokenizer has
+        rows = len(state.get(TOKEN_EMBEDDINGS, range(self.words.vocabulary_size)))
+        model = build_model(config.encoder.architecture(rows), config.objective, seed=config.seed)
+        model.load_state_dict({n: t for n, t in state.items() if "/" not in n}, strict=bool(found))
         if found:
             self.step = found.step
-            model.load_state_dict({n: t for n, t in state.items() if "/" not in n})
         self.telemetry.rewind(self.step)
         self._describe(model, resumed=found is not None)
         self.engine = Engine(model.to(self.rank.device), config, self.rank)
         if found:
             self.engine.load_state(state, self.step)
+
+    def _first_state(self) -> dict[str, Tensor]:
+        """Return the parameters that a new run does not draw at random."""
+        work = self.checkpoints.parent
+        if self.config.initial.checkpoint is not None:
+            return read_initial(work / INITIAL)
+        if self.config.tokenizer.initial_vectors == "texts":
+            return {TOKEN_EMBEDDINGS: read_word_vectors(work / VECTORS)}
+        return {}
 
     def train(self) -> None:
         """Do the steps that are left."""

@@ -1,5 +1,6 @@
 """Encoder, masks, tokenizer, schedule and settings of the pretrainer."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -46,7 +47,7 @@ MASKS = MaskSettings(
     alone_text_ratio=0.15,
     patches_per_side=4,
     mask_id=4,
-    first_word_id=3,
+    special_ids=(0, 1, 2),
     vocabulary_size=50,
 )
 
@@ -241,7 +242,7 @@ def test_masked_tokens_become_mask_random_or_stay() -> None:
     shown = replace_words(tokens, MASKS, np.random.default_rng(0))
     assert (shown == MASKS.mask_id).mean() == pytest.approx(0.8, abs=0.01)
     assert (shown == 30).mean() == pytest.approx(0.1, abs=0.01)
-    assert shown.min() >= MASKS.first_word_id
+    assert shown.min() > max(MASKS.special_ids)
 
 
 def test_two_halves_of_a_batch_add_up_to_the_whole() -> None:
@@ -277,31 +278,42 @@ def test_tokenizer_is_a_function_of_the_text_and_encodes_anything(tmp_path: Path
     assert len(ids) == 12
     assert (ids[0], ids[-1]) == (words.start_id, words.end_id)
     assert words.text(words("garden seed")) == "garden seed"
-    assert min(ids[1:-1]) >= words.first_word_id
+    assert not set(ids[1:-1]) & set(words.special_ids)
 
 
 def test_a_tokenizer_without_mask_is_refused(tmp_path: Path) -> None:
     tokenizer = train(iter(["a b c"]), 300)
     content = tokenizer.to_str().replace("<mask>", "<other>")
     (tmp_path / "t.json").write_text(content)
-    with pytest.raises(UserError, match="has no token <mask>"):
+    with pytest.raises(UserError, match=r"has no token <mask> or \[MASK\]"):
         load_words(tmp_path / "t.json", max_length=12)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken.json is no tokenizer.json"):
         load_words(tmp_path / "broken.json", max_length=12)
 
 
-def test_a_tokenizer_with_words_before_its_special_tokens_is_refused(tmp_path: Path) -> None:
-    save_words(tmp_path / "t.json", ["seed", "<s>", "<pad>", "</s>", "<mask>", "garden"])
-    with pytest.raises(UserError, match="has 1 words \\(such as 'seed'\\) before"):
-        load_words(tmp_path / "t.json", max_length=12)
+def test_special_tokens_may_lie_anywhere_and_are_never_masked(tmp_path: Path) -> None:
+    save_words(tmp_path / "t.json", ["[PAD]", "seed", "[CLS]", "[MASK]", "garden", "[SEP]"])
+    words = load_words(tmp_path / "t.json", max_length=12)
+    assert words.special_ids == (0, 2, 5)
+    settings = dataclasses.replace(
+        MASKS, mask_id=words.mask_id, special_ids=words.special_ids, vocabulary_size=6
+    )
+    rng = np.random.default_rng(0)
+    assert set(replace_words(np.full(500, 1), settings, rng)) == {1, 3, 4}
+    batch = make_batch(num_items=2)
+    batch.tokens[:] = [2, 1, 4, 1, 4, 1, 4, 1, 5]
+    for epoch in range(5):
+        masks = draw_masks(batch, settings, epoch=epoch)
+        assert masks.text.sum() == 8
+        assert not masks.text[:, [0, -1]].any()
 
 
 def test_a_vocabulary_ends_after_its_largest_id(tmp_path: Path) -> None:
     save_words(tmp_path / "t.json", ["<s>", "<pad>", "</s>", "<unk>", "seed"], mask=9)
     words = load_words(tmp_path / "t.json", max_length=12)
     assert words.vocabulary_size == 10
-    assert words.first_word_id == 3
+    assert words.special_ids == (0, 1, 2)
 
 
 def save_words(path: Path, words: list[str], **more: int) -> None:

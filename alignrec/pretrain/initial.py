@@ -1,0 +1,222 @@
+"""Weights to start from: BEiT-3's checkpoints and encoders trained here (files -> training).
+
+Rank 0 reads the checkpoint once, checks it against the model, fits the picture's positions to the
+resolution and leaves plain safetensors under our parameter names for all ranks.
+"""
+
+import dataclasses
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own spelling
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignrec.errors import UserError
+from alignrec.pretrain.architecture import Architecture
+from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.encoder import WEIGHTS
+from alignrec.pretrain.multiway import POSITION_OFFSET
+from alignrec.pretrain.objective import MaskedModel
+from alignrec.pretrain.tokenizer import Words
+
+INITIAL = "initial.safetensors"
+TOKEN_EMBEDDINGS = "encoder.text_embed.weight"  # noqa: S105 - a parameter's name
+POSITIONS = "encoder.encoder.embed_positions.A.weight"
+_HEADS = ("mlm_head.", "mim_head.")
+_OFFICIAL = "beit3."  # prefix of the encoder in microsoft/unilm's checkpoints
+_WRAPPERS = ("model", "module", "state_dict")
+_NAMES_SHOWN = 4
+
+Tensors = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """Parameters taken from a checkpoint, and what became of the rest.
+
+    Attributes:
+        tensors: name in ``MaskedModel`` -> fp32 value.
+        fresh: parameters that the checkpoint does not decide.
+        left_out: tensors of the checkpoint that this model has no place for (other heads).
+    """
+
+    tensors: Tensors
+    fresh: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def write_initial(config: PretrainConfig, words: Words, target: Path) -> str:
+    """Write the weights to start from by rename and return a line about them (rank 0 calls it).
+
+    Raises:
+        UserError: the checkpoint cannot be read or does not fit.
+    """
+    checkpoint = config.initial.checkpoint
+    assert checkpoint is not None
+    tensors = rename(read_tensors(checkpoint))
+    found = fit(tensors, config, words, source=checkpoint)
+    spare = target.with_suffix(".writing")
+    save_file(found.tensors, spare)
+    spare.replace(target)
+    parts = [f"starts from {checkpoint}: {len(found.tensors)} tensors"]
+    if found.fresh:
+        parts.append(f"drawn anew: {_some(found.fresh)}")
+    if found.left_out:
+        parts.append(f"left out: {_some(found.left_out)}")
+    return "; ".join(parts)
+
+
+def read_initial(path: Path) -> Tensors:
+    """Read what ``write_initial`` wrote."""
+    return load_file(path)
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Read a checkpoint without running anything that is in it.
+
+    Args:
+        path: .safetensors, or what ``torch.save`` writes (.pth, .pt, .bin), or the folder of an
+            encoder artifact.
+
+    Raises:
+        UserError: it is absent, damaged, or holds more than tensors.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"pretrain.initial.checkpoint={path} cannot be read "
+            f"({str(error).strip().partition(chr(10))[0]}). Give BEiT-3's .pth as it is published, "
+            f"or its tensors as .safetensors: anything but tensors is refused, since it could run."
+        ) from error
+    for name in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping):
+        content = {}
+    tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise UserError(
+            f"pretrain.initial.checkpoint={path} holds no tensors by name. Give BEiT-3's .pth as "
+            f"it is published."
+        )
+    return tensors
+
+
+def rename(tensors: Tensors) -> Tensors:
+    """Return official names (``beit3.*``) or an artifact's (no prefix) as those of our model."""
+    official = any(name.startswith(_OFFICIAL) for name in tensors)
+    prefix = _OFFICIAL if official else ""
+    result = {}
+    for name, tensor in tensors.items():
+        own = name.startswith(prefix) and not name.startswith(_HEADS)
+        result[f"encoder.{name.removeprefix(prefix)}" if own else name] = tensor
+    return result
+
+
+def fit(tensors: Tensors, config: PretrainConfig, words: Words, *, source: Path) -> Initial:
+    """Choose the tensors that the model takes over, positions fitted to its resolution.
+
+    Raises:
+        UserError: encoder tensors are missing, unknown or of other shapes, or the tokenizer has
+            more words than the checkpoint.
+    """
+    rows = len(tensors.get(TOKEN_EMBEDDINGS, range(words.vocabulary_size)))
+    _refuse_more_words(words, rows, source)
+    architecture = config.encoder.architecture(rows)
+    if POSITIONS in tensors:
+        tensors = tensors | {POSITIONS: fit_positions(tensors[POSITIONS], architecture)}
+    with torch.device("meta"):
+        model = MaskedModel(architecture, config.objective)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    _refuse_misfits(tensors, expected, source)
+    kept = {
+        name: tensor.float().contiguous()
+        for name, tensor in tensors.items()
+        if expected.get(name) == tensor.shape
+        and (config.initial.heads == "load" or not name.startswith(_HEADS))
+    }
+    return Initial(
+        tensors=kept,
+        fresh=tuple(name for name in expected if name not in kept),
+        left_out=tuple(name for name in tensors if name not in kept),
+    )
+
+
+def fit_positions(
+    positions: Float[Tensor, "rows width"], architecture: Architecture
+) -> Float[Tensor, "fitted width"]:
+    """Return a picture's position embeddings for another number of patches.
+
+    Those of the patches are interpolated (bicubic, as BEiT-3's fine-tuning does); the rows before
+    them, two unused and CLS, stay.
+    """
+    first = POSITION_OFFSET + 1
+    grid, side = positions[first:].float(), architecture.patches_per_side
+    before = math.isqrt(len(grid))
+    if before == side or before**2 != len(grid) or before == 0:
+        return positions
+    picture = grid.T.reshape(1, -1, before, before)
+    fitted = F.interpolate(picture, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:first].float(), fitted.flatten(2)[0].T])
+
+
+def _refuse_more_words(words: Words, rows: int, source: Path) -> None:
+    if rows < words.vocabulary_size:
+        raise UserError(
+            f"pretrain.tokenizer.path has {words.vocabulary_size} tokens, but {source} has "
+            f"embeddings for {rows}: some would have none. Give the tokenizer that the checkpoint "
+            f"was trained with."
+        )
+
+
+def _refuse_misfits(tensors: Tensors, expected: Mapping[str, torch.Size], source: Path) -> None:
+    """Tell all that keeps the encoder's tensors from fitting in one message."""
+    wanted = {name for name in expected if name.startswith("encoder.")}
+    given = {name for name in tensors if name.startswith("encoder.")}
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} for {tuple(expected[name])}"
+        for name in sorted(wanted & given)
+        if tensors[name].shape != expected[name]
+    ]
+    faults = {
+        "missing": sorted(wanted - given),
+        "unknown": sorted(given - wanted),
+        "of other shapes": shapes,
+    }
+    told = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
+    if told:
+        raise UserError(
+            f"the tensors of {source} do not fit pretrain.encoder: {'; '.join(told)}. "
+            f"{_sizes_of(tensors)}"
+        )
+
+
+def _sizes_of(tensors: Tensors) -> str:
+    """Say which settings the checkpoint was made with, as far as its shapes tell."""
+    layers = {
+        int(name.split(".")[3]) for name in tensors if name.startswith("encoder.encoder.layers.")
+    }
+    embedding = tensors.get(TOKEN_EMBEDDINGS)
+    inner = tensors.get("encoder.encoder.layers.0.ffn.A.fc1.weight")
+    patches = tensors.get("encoder.vision_embed.proj.weight")
+    if embedding is None or inner is None or patches is None or patches.ndim != 4:
+        return "It is no BEiT-3 encoder; give one of its published checkpoints."
+    return (
+        f"The checkpoint was made with num_layers: {len(layers)}, width: {embedding.shape[1]}, "
+        f"hidden: {len(inner)}, patch_size: {patches.shape[-1]}; set pretrain.encoder to that."
+    )
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
