@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignrec.errors import UserError
-from data_prep import readers
+from data_prep import delimited, json_lines, readers
 from data_prep.conversion import as_text, is_unusable, plain, references_and_bytes
+from data_prep.delimited import COMMAS, TABS
 from data_prep.locations import Piece, RawFile
-from data_prep.readers import COMMAS, ROW, TABS, Columns, MalformedRow, damage_named
+from data_prep.readers import ROW, Columns, MalformedRow, damage_named
 
 __all__ = [
     "ROW", "Columns", "MalformedRow", "as_text", "bytes_column", "check_columns", "column_names",
@@ -24,16 +25,16 @@ __all__ = [
 PIECE_BYTES = 256 << 20
 
 Reader = Callable[[Piece, Columns, list[MalformedRow]], Iterator[pa.Table]]
-_read_tabs = functools.partial(readers.read_csv, dialect=TABS)
+_read_tabs = functools.partial(delimited.read_csv, dialect=TABS)
 _READERS: dict[str, Reader] = {
     ".parquet": readers.read_parquet,
     ".pq": readers.read_parquet,
-    ".csv": readers.read_csv,
+    ".csv": delimited.read_csv,
     ".tsv": _read_tabs,
     ".inter": _read_tabs,  # MMRec's tab-separated interactions
-    ".jsonl": readers.read_json_lines,
-    ".ndjson": readers.read_json_lines,
-    ".json": readers.read_json_lines,
+    ".jsonl": json_lines.read_json_lines,
+    ".ndjson": json_lines.read_json_lines,
+    ".json": json_lines.read_json_lines,
 }
 
 
@@ -99,8 +100,8 @@ def column_names(file: RawFile) -> list[str]:
         if reader is readers.read_parquet:
             with file.open() as stream:
                 return list(pq.read_schema(stream).names)
-        if reader in (readers.read_csv, _read_tabs):
-            return readers.csv_names(file, COMMAS if reader is readers.read_csv else TABS)
+        if reader in (delimited.read_csv, _read_tabs):
+            return delimited.csv_names(file, COMMAS if reader is delimited.read_csv else TABS)
     raise UserError(
         f"{file.url}: the suffix {file.suffix or '(none)'} is none of a table with a header, "
         f"which would say what columns there are. Give inter, csv, tsv or parquet."
