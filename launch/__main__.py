@@ -1,4 +1,4 @@
-"""Command line: ``python -m launch run | submit | status | logs | stop | list``."""
+"""Command line: ``python -m launch run | submit | status | logs | stop | list | schedule``."""
 
 import argparse
 import datetime
@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 from alignrec.stage import exit_code
+from launch.arguments import add_address, add_json, add_recipe
+from launch.schedule import commands as schedule_commands
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -75,15 +77,14 @@ def _mute() -> None:
 
 def _submit(options: argparse.Namespace) -> int:
     from launch import recipe as recipes
+    from launch import runner
     from launch.jobs import Jobs
 
     recipe = recipes.load(options.recipe, options.set)
     run_dir = (options.run_dir or Path("runs") / recipe.name).absolute()
-    further = []
-    for option, value in (("--from", options.first), ("--until", options.last)):
-        if value:
-            recipe.step(value, option)
-            further += [option, value]
+    selection = runner.Selection(first=options.first, last=options.last)
+    runner.chosen_steps(recipe, selection)
+    further = selection.options
     jobs = Jobs(options.address)
     job_id = jobs.submit(recipe, run_dir, further)
     if options.json:
@@ -177,12 +178,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a recipe and wait for it")
-    _add_recipe(run)
+    add_recipe(run)
+    add_json(run)
     run.set_defaults(command=_run)
 
     submit = commands.add_parser("submit", help="run a recipe as a job of a cluster")
-    _add_recipe(submit)
-    _add_address(submit)
+    add_recipe(submit)
+    add_address(submit)
+    add_json(submit)
     submit.set_defaults(command=_submit)
 
     status = commands.add_parser("status", help="how a job is doing (default: the newest)")
@@ -196,32 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     stop.add_argument("id", metavar="ID")
     jobs = commands.add_parser("list", help="all jobs of a cluster")
     for command, function in ((status, _status), (logs, _logs), (stop, _stop), (jobs, _list)):
-        _add_address(command)
+        add_address(command)
         command.set_defaults(command=function)
     for command in (status, jobs):
-        command.add_argument("--json", action="store_true", help="one line for a program")
+        add_json(command)
+    schedule_commands.add_to(commands)
     return parser
-
-
-def _add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", help="a file in launch/recipes by name, or a path to YAML")
-    command.add_argument("--from", dest="first", metavar="STAGE", help="run it and what follows")
-    command.add_argument("--until", dest="last", metavar="STAGE", help="stop after it")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="override a setting (repeatable)",
-    )
-    command.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/RECIPE)")
-    command.add_argument("--json", action="store_true", help="end with one line for a program")
-
-
-def _add_address(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--address", help="http://HOST:8265 (default: the cluster that is up on this machine)"
-    )
 
 
 if __name__ == "__main__":

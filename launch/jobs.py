@@ -77,7 +77,15 @@ class Jobs:
         with self._explained():
             self._client: Any = JobSubmissionClient(self.address)
 
-    def submit(self, recipe: Recipe, run_dir: Path, options: Sequence[str] = ()) -> str:
+    def submit(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        options: Sequence[str] = (),
+        *,
+        job_id: str | None = None,
+        directory: Path | None = None,
+    ) -> str:
         """Start a run on the cluster and return its submission id.
 
         The job carries the recipe and this checkout's code; the run directory and the data must be
@@ -87,9 +95,13 @@ class Jobs:
             recipe: checked recipe.
             run_dir: absolute folder of the run.
             options: further options of ``launch run``.
+            job_id: its submission id; None for a new one.
+            directory: where relative paths of the recipe start; None for here.
+
+        Raises:
+            JobExistsError: the cluster has a job of that id already.
         """
-        when = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        job_id = f"{recipe.name}-{when}-{secrets.token_hex(2)}"
+        job_id = job_id or _new_id(recipe)
         command = ["python", "-m", "launch", "run", RECIPE_FILE, "--run-dir", str(run_dir)]
         with checkout.packaged() as folder, self._explained():
             text = yaml.safe_dump(dict(recipe.sections), sort_keys=False)
@@ -97,7 +109,10 @@ class Jobs:
             self._client.submit_job(
                 entrypoint=shlex.join([*command, *options]),
                 submission_id=job_id,
-                runtime_env={"working_dir": str(folder), "env_vars": _variables(job_id)},
+                runtime_env={
+                    "working_dir": str(folder),
+                    "env_vars": _variables(job_id, directory or Path.cwd()),
+                },
                 metadata={"recipe": recipe.name, "run_dir": str(run_dir)},
             )
         return job_id
@@ -193,7 +208,11 @@ class Jobs:
             ) from error
         except RuntimeError as error:
             if job_id is not None and "404" in str(error):
-                raise UserError(self._unknown(job_id)) from error
+                raise UnknownJobError(self._unknown(job_id)) from error
+            if "already exists" in str(error):
+                raise JobExistsError(
+                    f"the cluster at {self.address} has a job of that id already."
+                ) from error
             raise StageFailure(f"the cluster at {self.address} failed: {_first(error)}") from error
 
     def _unknown(self, job_id: str) -> str:
@@ -205,6 +224,14 @@ class Jobs:
 
 class NoAnswerError(UserError):
     """Nobody answers at the address of the cluster."""
+
+
+class UnknownJobError(UserError):
+    """The cluster has no job of that id."""
+
+
+class JobExistsError(UserError):
+    """The cluster has a job of that id already."""
 
 
 def _job(details: Any) -> Job:  # noqa: ANN401 - ray.job_submission.JobDetails
@@ -222,17 +249,22 @@ def _job(details: Any) -> Job:  # noqa: ANN401 - ray.job_submission.JobDetails
 def _default_address() -> str:
     record = state.alive()
     if record is None:
-        raise UserError(
+        raise NoAnswerError(
             "no cluster is up on this machine. Start one (python -m cluster up), or say where one "
             "is: --address http://HOST:8265"
         )
     return record.dashboard_url
 
 
-def _variables(job_id: str) -> dict[str, str]:
+def _new_id(recipe: Recipe) -> str:
+    when = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{recipe.name}-{when}-{secrets.token_hex(2)}"
+
+
+def _variables(job_id: str, directory: Path) -> dict[str, str]:
     """Return the environment of a job: relative paths mean the same as here, if it can see them."""
     variables = {
-        "ALIGNREC_DIRECTORY": str(Path.cwd()),
+        "ALIGNREC_DIRECTORY": str(directory),
         "ALIGNREC_JOB": job_id,
         "PYTHONUNBUFFERED": "1",
     }

@@ -74,6 +74,12 @@ class Selection:
     first: str | None = None
     last: str | None = None
 
+    @property
+    def options(self) -> list[str]:
+        """Return the options of ``launch run`` that select it."""
+        chosen = (("--from", self.first), ("--until", self.last))
+        return [word for name, stage in chosen if stage for word in (name, stage)]
+
 
 def run(
     recipe: Recipe,
@@ -89,7 +95,7 @@ def run(
         UserError: a mistake in the recipe, the data or the selection.
         StageFailure: a stage failed; the same command continues from there.
     """
-    steps = _until(recipe, selection)
+    steps = chosen_steps(recipe, selection)
     with run_directory.locked(run_dir):
         _check_earlier(recipe, run_dir, selection)
         run_directory.record(recipe, run_dir)
@@ -134,7 +140,12 @@ def _do(
     return Result(step.name, "ran", seconds, output, made.counts)
 
 
-def _until(recipe: Recipe, selection: Selection) -> list[Step]:
+def chosen_steps(recipe: Recipe, selection: Selection) -> list[Step]:
+    """Return the recipe's steps up to the last one that is wanted.
+
+    Raises:
+        UserError: the recipe has no such stage, or nothing would run.
+    """
     steps = list(recipe.steps)
     if selection.last is not None:
         steps = steps[: steps.index(recipe.step(selection.last, "--until")) + 1]
