@@ -12,19 +12,18 @@ from alignrec import artifacts, configuration
 from alignrec.artifacts import Draft, partial_path
 from alignrec.data import schema as dataset_schema
 from alignrec.data.embeddings import check_same_dataset
-from alignrec.distributed.process_group import Rank, barrier, process_group
+from alignrec.distributed.process_group import barrier, process_group
 from alignrec.errors import UserError
 from alignrec.graph import knn, schema
 from alignrec.graph.config import GraphConfig
 from alignrec.graph.edges import WholeGraph, whole_graph
 from alignrec.graph.layout import write_partitions
 from alignrec.graph.partition import partition_facts, partitioner
+from alignrec.graph.searching import Search
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
 
-# Rows that are searched, saved and counted as progress together.
-_CHUNK_ROWS = 8192
-# The ranks wait for each other only once, after searches of very different length.
+# The ranks wait for each other after searches of very different length.
 _SEARCH_TIMEOUT_SECONDS = 3600.0
 
 
@@ -56,11 +55,13 @@ def run(config: GraphConfig, context: Context) -> None:
             artifacts.open_draft(context.output, fingerprint=context.fingerprint)
         barrier(rank)
         draft = Draft(partial_path(context.output))
-        search(config, inputs.features, draft.work, rank, telemetry)
-        barrier(rank)
+        search = Search(config, inputs.features, draft.work, rank, telemetry)
+        facts = search.run()
         if not rank.is_first:
             return
-        similar = read_similarity(config, inputs.num_items, draft.work)
+        search.write(draft.path, facts)
+        draft.facts.update(facts)
+        similar = read_similarity(config, draft.path)
         graph = whole_graph(
             inputs.users,
             inputs.items,
@@ -117,49 +118,12 @@ def read_inputs(dataset: Path, features: Path) -> Inputs:
     return Inputs(users, items, num_users, num_items, rows)
 
 
-def search(
-    config: GraphConfig,
-    features: npt.NDArray[np.floating],
-    work: Path,
-    rank: Rank,
-    telemetry: Telemetry,
-) -> None:
-    """Find every item's neighbours; chunks that a killed run finished are kept."""
-    rows = knn.FeatureRows(features, rank.device)
-    # A rank's share must not depend on what is there: the others write while this one looks.
-    starts = range(0, rows.num_items, _CHUNK_ROWS)[rank.index :: rank.world_size]
-    mine = [start for start in starts if not _chunk_path(work, start).exists()]
-    with telemetry.progress(
-        sum(_chunk_size(start, rows.num_items) for start in mine), "items"
-    ) as p:
-        for start in mine:
-            stop = start + _chunk_size(start, rows.num_items)
-            parts = []
-            for first in range(start, stop, config.block_rows):
-                last = min(first + config.block_rows, stop)
-                parts.append(
-                    knn.nearest_items(
-                        rows,
-                        start=first,
-                        stop=last,
-                        k=config.k,
-                        block_columns=config.block_columns,
-                        include_self=config.paper_compatible,
-                    )
-                )
-                p.update(last - first)
-            _save_chunk(_chunk_path(work, start), parts)
-
-
-def read_similarity(config: GraphConfig, num_items: int, work: Path) -> sp.csr_matrix:
-    """Read the chunks of neighbours and return the normalised item-item matrix."""
-    index, cosine = [], []
-    for start in range(0, num_items, _CHUNK_ROWS):
-        with np.load(_chunk_path(work, start)) as chunk:
-            index.append(torch.from_numpy(chunk["index"]))
-            cosine.append(torch.from_numpy(chunk["cosine"]))
+def read_similarity(config: GraphConfig, folder: Path) -> sp.csr_matrix:
+    """Return the normalised item-item matrix of the neighbour lists."""
+    index = np.load(schema.neighbors_path(folder, "index"))
+    cosine = np.load(schema.neighbors_path(folder, "cosine"))
     return knn.similarity_graph(
-        knn.Neighbors(torch.cat(index), torch.cat(cosine)),
+        knn.Neighbors(torch.from_numpy(index.astype(np.int64)), torch.from_numpy(cosine)),
         weight=config.similarity_weight,
         symmetric=not config.paper_compatible,
     )
@@ -211,21 +175,3 @@ def write_graph(
         f"{config.num_partitions} partitions by {config.partition_method}: "
         f"{facts['edge_cut']['user__rates__item']:.1%} of interactions cut"
     )
-
-
-def _chunk_path(work: Path, start: int) -> Path:
-    return work / f"neighbours_{start:012d}.npz"
-
-
-def _chunk_size(start: int, num_items: int) -> int:
-    return min(_CHUNK_ROWS, num_items - start)
-
-
-def _save_chunk(path: Path, parts: list[knn.Neighbors]) -> None:
-    spare = path.with_suffix(".writing.npz")
-    np.savez(
-        spare,
-        index=torch.cat([part.index for part in parts]).cpu().numpy(),
-        cosine=torch.cat([part.cosine for part in parts]).cpu().numpy(),
-    )
-    spare.replace(path)

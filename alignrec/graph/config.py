@@ -1,9 +1,33 @@
 """Settings of the graph stage."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
+from alignrec import artifacts
 from alignrec.configuration import option
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnConfig:
+    """How the nearest items are searched."""
+
+    method: Literal["auto", "exact", "ann"] = option(
+        "auto", "exact: all pairs; ann: only near cells of items; auto: ann above auto_items"
+    )
+    auto_items: int = option(
+        200_000, "items above which method auto is approximate: exact work is quadratic", minimum=1
+    )
+    recall: float = option(
+        0.95,
+        "share of the exact neighbours that method ann must find, on a sample of items",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    sample: int = option(1000, "items on which the recall of method ann is measured", minimum=50)
+    previous: Path | None = option(
+        None, "earlier graph artifact: only new or changed items are searched; default: none"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,6 +35,7 @@ class GraphConfig:
     """How the item-item graph is built and how the whole graph is cut into partitions."""
 
     k: int = option(10, "nearest neighbours that each item chooses by cosine", minimum=1)
+    knn: KnnConfig = option(KnnConfig(), "search of the nearest neighbours")
     similarity_weight: Literal["cosine", "binary"] = option(
         "cosine", "weight of an item-item edge before it is normalised: its cosine, or 1"
     )
@@ -24,7 +49,7 @@ class GraphConfig:
     partition_similar_edges: bool = option(
         True, "whether METIS counts item-item edges between partitions too"
     )
-    seed: int = option(0, "seed of the partitioner", minimum=0)
+    seed: int = option(0, "seed of the partitioner and of the approximate search", minimum=0)
     block_rows: int = option(1024, "items compared at once, rows", minimum=1, affects_result=False)
     block_columns: int = option(
         8192,
@@ -32,3 +57,12 @@ class GraphConfig:
         minimum=1,
         affects_result=False,
     )
+
+    def source_identity(self) -> str:
+        """Return the identity of the earlier graph that the search starts from.
+
+        Raises:
+            UserError: it is not a finished graph artifact.
+        """
+        previous = self.knn.previous
+        return "" if previous is None else artifacts.read(previous, "graph").identity

@@ -5,7 +5,7 @@ memory is one block of similarities, whatever the number of items.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,9 +19,9 @@ from alignrec.errors import UserError
 
 # Cosines nearer than this count as equal and the lower item_index wins, so that the rounding of
 # one matrix product or another (block sizes, threads, CPU or GPU) does not decide.
-_RESOLUTION = 2.0**-20
+RESOLUTION = 2.0**-20
 _INDEX_BITS = 32
-_NOTHING = -(1 << 62)
+NOTHING = -(1 << 62)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class FeatureRows:
 
     def __init__(self, features: npt.NDArray[np.floating], device: torch.device) -> None:
         self._features = features
-        self._device = device
-        self.num_items = features.shape[0]
+        self.device = device
+        self.num_items, self.dim = features.shape
 
     def read(
         self, start: int, stop: int
@@ -53,12 +53,27 @@ class FeatureRows:
         Raises:
             UserError: a feature is not finite.
         """
-        block = torch.from_numpy(np.array(self._features[start:stop]))
-        rows = block.to(self._device, torch.float32)
+        return self._unit(np.array(self._features[start:stop]), range(start, stop))
+
+    def take(
+        self, items: Int64[Tensor, " rows"]
+    ) -> tuple[Float32[Tensor, "rows dim"], Bool[Tensor, " rows"]]:
+        """Return the unit rows of some items, and which of them are zero.
+
+        Raises:
+            UserError: a feature is not finite.
+        """
+        ids = items.cpu().numpy()
+        return self._unit(self._features[ids], ids)
+
+    def _unit(
+        self, block: npt.NDArray[np.floating], items: Sequence[int] | npt.NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(block).to(self.device, torch.float32)
         # Scaled first: the norm of a row of very large float32 values would be infinite.
         largest = rows.abs().amax(dim=1, keepdim=True)
         if not bool(torch.isfinite(largest).all()):
-            bad = start + int((~torch.isfinite(largest[:, 0])).nonzero()[0])
+            bad = items[int((~torch.isfinite(largest[:, 0])).nonzero()[0])]
             raise UserError(
                 f"features.npy has a value that is not finite in row {bad}: that item's "
                 f"similarities would be NaN. Run the features stage again, or set the row to zero."
@@ -68,40 +83,93 @@ class FeatureRows:
         return torch.nn.functional.normalize(rows, dim=1), empty
 
 
-def nearest_items(
+def nearest_keys(
     rows: FeatureRows,
+    queries: Int64[Tensor, " rows"],
     *,
-    start: int,
-    stop: int,
     k: int,
     block_columns: int,
     include_self: bool,
-) -> Neighbors:
-    """Find the k items of largest cosine for the items ``start`` .. ``stop - 1``, exactly.
+    among: Int64[Tensor, " items"] | None = None,
+) -> Int64[Tensor, "rows found"]:
+    """Find the items of largest cosine for some items, exactly, as order keys (see ``decode``).
 
     Items whose features are zero have no neighbours and are nobody's neighbour.
 
     Args:
         rows: the items' features.
-        start: first item of the block.
-        stop: one past its last item.
-        k: neighbours for each item.
-        block_columns: items that the block is compared with at once.
+        queries: item_index of the items that neighbours are found of.
+        k: neighbours for each item; there are fewer columns where there are fewer items.
+        block_columns: items that the queries are compared with at once.
         include_self: whether an item may be its own neighbour (it is then its nearest).
+        among: item_index, ascending, of the items that are compared; None compares all.
     """
-    queries, empty_queries = rows.read(start, stop)
-    best = torch.full((stop - start, 0), _NOTHING, dtype=torch.int64, device=queries.device)
-    for first, last in _blocks(rows.num_items, block_columns):
-        columns, empty = rows.read(first, last)
-        keys = _order_keys(queries @ columns.T, first)  # (rows, columns)
-        keys[:, empty] = _NOTHING
-        if not include_self and start < last and first < stop:
-            own = torch.arange(max(start, first), min(stop, last), device=keys.device)
-            keys[own - start, own - first] = _NOTHING
+    queries = queries.to(rows.device)
+    vectors, empty_queries = rows.take(queries)
+    best = torch.full((len(queries), 0), NOTHING, dtype=torch.int64, device=rows.device)
+    total = rows.num_items if among is None else len(among)
+    for first, last in _blocks(total, block_columns):
+        if among is None:
+            ids = torch.arange(first, last, device=rows.device)
+            columns, empty = rows.read(first, last)
+        else:
+            ids = among[first:last].to(rows.device)
+            columns, empty = rows.take(ids)
+        keys = order_keys(vectors @ columns.T, ids)  # (rows, columns)
+        keys[:, empty] = NOTHING
+        if not include_self:
+            place = torch.searchsorted(ids, queries).clamp_max(len(ids) - 1)
+            own = (ids[place] == queries).nonzero()[:, 0]
+            keys[own, place[own]] = NOTHING
         merged = torch.cat([best, keys.topk(min(k, last - first), dim=1).values], dim=1)
         best = merged.topk(min(k, merged.shape[1]), dim=1).values
-    best[empty_queries] = _NOTHING
-    return _decode(best, k)
+    best[empty_queries] = NOTHING
+    return best
+
+
+def nearest_items(
+    rows: FeatureRows,
+    queries: Int64[Tensor, " rows"],
+    *,
+    k: int,
+    block_columns: int,
+    include_self: bool,
+) -> Neighbors:
+    """Find the k items of largest cosine among all, exactly (see ``nearest_keys``)."""
+    keys = nearest_keys(rows, queries, k=k, block_columns=block_columns, include_self=include_self)
+    return decode(keys, k)
+
+
+def order_keys(
+    similarity: Float[Tensor, "rows columns"], items: Int64[Tensor, " columns"]
+) -> Int64[Tensor, "rows columns"]:
+    """Return integers whose order is: larger cosine first, then lower item_index.
+
+    Args:
+        similarity: cosines; overwritten.
+        items: item_index of each column.
+    """
+    steps = similarity.div_(RESOLUTION).round_().to(torch.int64)
+    return steps.bitwise_left_shift_(_INDEX_BITS).add_((1 << _INDEX_BITS) - 1 - items)
+
+
+def encode(neighbors: Neighbors) -> Int64[Tensor, "rows k"]:
+    """Return the order keys of neighbours: what ``decode`` was given."""
+    steps = (neighbors.cosine.to(torch.float64) / RESOLUTION).round().to(torch.int64)
+    keys = (steps << _INDEX_BITS) + ((1 << _INDEX_BITS) - 1 - neighbors.index)
+    return keys.masked_fill(neighbors.index < 0, NOTHING)
+
+
+def decode(keys: Int64[Tensor, "rows found"], k: int) -> Neighbors:
+    """Return the items and cosines of order keys; -1 and 0 where there is nothing."""
+    absent = keys <= NOTHING
+    index = (1 << _INDEX_BITS) - 1 - (keys & ((1 << _INDEX_BITS) - 1))
+    cosine = (keys >> _INDEX_BITS).to(torch.float32) * RESOLUTION
+    pad = (0, k - keys.shape[1])
+    return Neighbors(
+        torch.nn.functional.pad(index.masked_fill(absent, -1), pad, value=-1),
+        torch.nn.functional.pad(cosine.masked_fill(absent, 0.0), pad, value=0.0),
+    )
 
 
 def similarity_graph(
@@ -135,25 +203,6 @@ def similarity_graph(
     matrix = sp.csr_matrix(sp.diags(scale) @ matrix @ sp.diags(scale))
     matrix.sort_indices()
     return matrix.astype(np.float32)
-
-
-def _order_keys(similarity: Float[Tensor, "rows columns"], first: int) -> Tensor:
-    """Return integers whose order is: larger cosine first, then lower item_index."""
-    steps = similarity.div_(_RESOLUTION).round_().to(torch.int64)
-    columns = torch.arange(first, first + similarity.shape[1], device=similarity.device)
-    return steps.bitwise_left_shift_(_INDEX_BITS).add_((1 << _INDEX_BITS) - 1 - columns)
-
-
-def _decode(keys: Int64[Tensor, "rows found"], k: int) -> Neighbors:
-    absent = keys <= _NOTHING
-    index = (1 << _INDEX_BITS) - 1 - (keys & ((1 << _INDEX_BITS) - 1))
-    cosine = (keys >> _INDEX_BITS).to(torch.float32) * _RESOLUTION
-    missing = k - keys.shape[1]
-    pad = (0, missing)
-    return Neighbors(
-        torch.nn.functional.pad(index.masked_fill(absent, -1), pad, value=-1),
-        torch.nn.functional.pad(cosine.masked_fill(absent, 0.0), pad, value=0.0),
-    )
 
 
 def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:

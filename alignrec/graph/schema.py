@@ -43,3 +43,8 @@ def similar_path(graph: Path) -> Path:
 def train_items_path(graph: Path) -> Path:
     """Return the file of the items with a training interaction: int32, ascending."""
     return graph / "train_items.npy"
+
+
+def neighbors_path(graph: Path, name: str) -> Path:
+    """Return a file of the items' neighbour lists: index, cosine or digest."""
+    return graph / "neighbors" / f"{name}.npy"

@@ -15,8 +15,7 @@ def search(
     parts = [
         nearest_items(
             reader,
-            start=start,
-            stop=min(start + rows, len(features)),
+            torch.arange(start, min(start + rows, len(features))),
             k=k,
             block_columns=columns,
             include_self=include_self,

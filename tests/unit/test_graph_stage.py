@@ -13,7 +13,7 @@ from alignrec import artifacts
 from alignrec.data.schema import INTERACTIONS, interactions_path, read_interactions
 from alignrec.distributed.process_group import Rank
 from alignrec.errors import UserError
-from alignrec.graph import STAGE, building, schema
+from alignrec.graph import STAGE, schema, searching
 from alignrec.graph.config import GraphConfig
 from alignrec.stage import main
 from alignrec.telemetry import Telemetry
@@ -49,18 +49,18 @@ def test_artifact_holds_what_is_documented(inputs: dict[str, Path], tmp_path: Pa
 def test_a_killed_search_goes_on_with_the_same_result(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(searching, "_CHUNK_ROWS", 8)
     whole = artifacts.read(write_graph(tmp_path / "whole", **inputs)).identity
     calls: list[int] = []
-    search = building.knn.nearest_items
+    search = searching.knn.nearest_items
 
-    def dying(rows: Any, *, start: int, **others: Any) -> Any:
-        calls.append(start)
+    def dying(rows: Any, queries: Any, **others: Any) -> Any:
+        calls.append(int(queries[0]))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return search(rows, start=start, **others)
+        return search(rows, queries, **others)
 
-    monkeypatch.setattr(building.knn, "nearest_items", dying)
+    monkeypatch.setattr(searching.knn, "nearest_items", dying)
     with pytest.raises(KeyboardInterrupt):
         write_graph(tmp_path / "graph", **inputs)
     resumed = artifacts.read(write_graph(tmp_path / "graph", **inputs)).identity
@@ -71,12 +71,13 @@ def test_a_killed_search_goes_on_with_the_same_result(
 def test_ranks_share_all_chunks_whatever_the_others_have_written(
     inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(searching, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(searching, "barrier", lambda rank: None)
     features = np.load(inputs["features"] / "features.npy")
     with Telemetry(tmp_path, "graph", enabled=False) as telemetry:
         for index in range(2):  # the second looks when the first has written its chunks
             rank = Rank(index, world_size=2)
-            building.search(GraphConfig(), features, tmp_path, rank, telemetry)
+            searching.Search(GraphConfig(), features, tmp_path, rank, telemetry).run()
     names = sorted(path.name for path in tmp_path.glob("neighbours_*.npz"))
     assert names == [f"neighbours_{start:012d}.npz" for start in (0, 8, 16, 24)]
 

@@ -1,0 +1,368 @@
+"""Every item's nearest items, found in resumable chunks that ranks share (features -> item graph).
+
+What is done lies in files of the work folder; each step begins when the files of the one before are
+there, so a killed search goes on where it was, and ranks need nothing but barriers.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from alignrec import artifacts
+from alignrec.distributed.process_group import Rank, barrier
+from alignrec.errors import StageFailure
+from alignrec.graph import cells, knn, schema
+from alignrec.graph.cells import CellIndex
+from alignrec.graph.config import GraphConfig
+from alignrec.graph.knn import FeatureRows, Neighbors
+from alignrec.graph.previous import Previous, open_previous, row_digests, updated_keys
+from alignrec.telemetry import Progress, Telemetry
+
+# Rows that are searched, saved and counted as progress together.
+_CHUNK_ROWS = 8192
+
+Find = Callable[[Tensor], Neighbors]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """One search for the neighbours of all items, as one rank sees it.
+
+    Attributes:
+        config: of the graph stage.
+        features: (num_items, dim); may be memory-mapped.
+        work: folder of what is done.
+        rank: this rank.
+        telemetry: for progress.
+    """
+
+    config: GraphConfig
+    features: npt.NDArray[np.floating]
+    work: Path
+    rank: Rank
+    telemetry: Telemetry
+
+    @property
+    def num_items(self) -> int:
+        """Number of items."""
+        return len(self.features)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether this catalogue is searched by cells."""
+        method = self.config.knn.method
+        return method == "ann" or (method == "auto" and self.num_items > self.config.knn.auto_items)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what the neighbour lists depend on beside the features."""
+        return {
+            "method": "ann" if self.approximate else "exact",
+            "recall": self.config.knn.recall if self.approximate else 1.0,
+            "k": self.config.k,
+            "include_self": self.config.paper_compatible,
+            "feature": f"{self.features.shape[1]} x {self.features.dtype.name}",
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Find every item's neighbours; collective. The lists are then in the work folder.
+
+        Returns:
+            Facts about the search; complete on rank 0.
+
+        Raises:
+            StageFailure: the approximate search finds less than it must.
+        """
+        rows = FeatureRows(self.features, self.rank.device)
+        previous = self._previous()
+        lists = self._update(rows, previous) if previous else np.arange(self.num_items)
+        facts: dict[str, Any] = {
+            "search": self.settings,
+            "num_searched": len(lists),
+            "num_updated": self.num_items - len(lists),
+        }
+        if self.approximate:
+            index, found = self._build_index(rows)
+            places = np.flatnonzero(np.isin(index.items, lists))
+            # A cell is read once for all queries that come together.
+            self._find(
+                places,
+                index.items[places],
+                lambda block: self._find_in_cells(index, block, found["probes"]),
+                block_rows=_CHUNK_ROWS,
+            )
+            facts |= found
+        else:
+            self._find(
+                lists,
+                lists,
+                lambda items: self._find_exactly(rows, items),
+                block_rows=self.config.block_rows,
+            )
+        barrier(self.rank)
+        return facts
+
+    def write(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Put the chunks together as the artifact's neighbour lists; on one rank.
+
+        Raises:
+            StageFailure: the approximate search found less than it must.
+        """
+        shape = (self.num_items, self.config.k)
+        path = {name: schema.neighbors_path(folder, name) for name in ("index", "cosine", "digest")}
+        path["index"].parent.mkdir(exist_ok=True)
+        index = np.lib.format.open_memmap(path["index"], "w+", np.dtype(np.int32), shape)
+        cosine = np.lib.format.open_memmap(path["cosine"], "w+", np.dtype(np.float32), shape)
+        index[:] = -1
+        for chunk in self._chunks_written():
+            items = chunk["item"]
+            index[items], cosine[items] = chunk["index"], chunk["cosine"]
+        np.save(path["digest"], row_digests(self.features))
+        if self.approximate:
+            facts["recall"] = self._recall(index, cosine)
+        index.flush()
+        cosine.flush()
+
+    # Exact ----------------------------------------------------------------------------------------
+
+    def _find_exactly(self, rows: FeatureRows, items: Tensor) -> Neighbors:
+        return knn.nearest_items(
+            rows,
+            items,
+            k=self.config.k,
+            block_columns=self.config.block_columns,
+            include_self=self.config.paper_compatible,
+        )
+
+    # From an earlier graph ------------------------------------------------------------------------
+
+    def _previous(self) -> Previous | None:
+        folder = self.config.knn.previous
+        if folder is None:
+            return None
+        previous = open_previous(folder, row_digests(self.features), self.settings)
+        if previous is None:
+            self.telemetry.say(f"{folder} was searched with other settings: all items are searched")
+            return None
+        self.telemetry.say(
+            f"{len(previous.changed):,} of {self.num_items:,} items are new or changed since "
+            f"{folder}"
+        )
+        return previous
+
+    def _update(self, rows: FeatureRows, previous: Previous) -> npt.NDArray[np.int64]:
+        """Update the lists of unchanged items and return the items still to be searched in full."""
+        same = np.setdiff1d(np.arange(self.num_items), previous.changed, assume_unique=True)
+        mine = list(self._mine("updated", same))
+        with self._progress(mine, "updated items") as progress:
+            for path, chunk in mine:
+                items = torch.from_numpy(chunk)
+                parts, incomplete = [], []
+                for block in torch.split(items, self.config.block_rows):
+                    keys, lacking = updated_keys(
+                        rows,
+                        previous,
+                        block,
+                        k=self.config.k,
+                        block_columns=self.config.block_columns,
+                    )
+                    parts.append(knn.decode(keys, self.config.k))
+                    incomplete.append(lacking)
+                    progress.update(len(block))
+                _save_chunk(path, items, parts, torch.cat(incomplete))
+        barrier(self.rank)
+        written = [_load_chunk(path)["incomplete"] for path, _ in self._chunks("updated", same)]
+        return np.union1d(previous.changed, np.concatenate([*written, np.empty(0, np.int64)]))
+
+    # By cells -------------------------------------------------------------------------------------
+
+    def _build_index(self, rows: FeatureRows) -> tuple[CellIndex, dict[str, Any]]:
+        """Sort the items into cells, all ranks together, and find how many cells to look into."""
+        centroids = self._centroids(rows)
+        starts = range(0, self.num_items, _CHUNK_ROWS)
+        for start in starts[self.rank.index :: self.rank.world_size]:
+            path = self.work / f"cell_{start:012d}.npy"
+            if not path.exists():
+                stop = min(start + _CHUNK_ROWS, self.num_items)
+                _save(path, cells.assign_cells(rows, centroids, start, stop))
+        barrier(self.rank)
+        cell = np.concatenate([np.load(self.work / f"cell_{start:012d}.npy") for start in starts])
+        items, first = cells.cell_order(cell, len(centroids))
+        index = CellIndex(centroids, first, items, self._sorted_rows(rows, items))
+        if self.rank.is_first and not (self.work / "probes.json").exists():
+            self._choose_probes(rows, index, cell)
+        barrier(self.rank)
+        found = json.loads((self.work / "probes.json").read_text())
+        self.telemetry.say(
+            f"{found['cells']:,} cells of items, {found['probes']:,} looked into for each item: "
+            f"recall {found['expected_recall']:.3f} of the {self.config.k} nearest expected on "
+            f"{found['recall_sample']:,} items"
+        )
+        return index, found
+
+    def _centroids(self, rows: FeatureRows) -> Tensor:
+        path = self.work / "centroids.npy"
+        if self.rank.is_first and not path.exists():
+            count = cells.num_cells(self.num_items)
+            trained = cells.train_centroids(rows, cells=count, seed=self.config.seed)
+            _save(path, trained.cpu().numpy())
+        barrier(self.rank)
+        return torch.from_numpy(np.load(path)).to(self.rank.device)
+
+    def _sorted_rows(
+        self, rows: FeatureRows, items: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Write the unit features in the order of cells, so that a cell is read in one piece."""
+        path, spare = self.work / "sorted_rows.npy", self.work / "sorted_rows.writing.npy"
+        # The first barrier of two, lest a slow rank look when a fast one has finished the file.
+        missing = not path.exists()
+        if missing and self.rank.is_first:
+            shape = (len(items), rows.dim)
+            np.lib.format.open_memmap(spare, "w+", np.dtype(np.float32), shape).flush()
+        barrier(self.rank)
+        if missing:
+            table = np.lib.format.open_memmap(spare, "r+")
+            for start in range(0, len(items), _CHUNK_ROWS)[self.rank.index :: self.rank.world_size]:
+                chunk = torch.from_numpy(items[start : start + _CHUNK_ROWS])
+                table[start : start + len(chunk)] = rows.take(chunk)[0].cpu().numpy()
+            table.flush()
+        barrier(self.rank)
+        if missing and self.rank.is_first:
+            spare.replace(path)
+        barrier(self.rank)
+        result: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
+        return result
+
+    def _choose_probes(
+        self, rows: FeatureRows, index: CellIndex, cell: npt.NDArray[np.int32]
+    ) -> None:
+        """Find the fewest cells whose recall on a sample is surely enough, and keep the sample."""
+        chosen = cells.sample_items(len(index.items), self.config.knn.sample, (self.config.seed, 2))
+        sample = torch.from_numpy(index.items[chosen.numpy()])
+        exact = self._find_exactly(rows, sample)
+        some = exact.index[:, 0] >= 0
+        sample, exact = sample[some.cpu()], Neighbors(exact.index[some], exact.cosine[some])
+        curves = cells.recall_by_probes(index, cell, rows.take(sample)[0], exact)
+        probes, expected = cells.fewest_probes(curves, self.config.knn.recall)
+        _save_chunk(self.work / "sample.npz", sample, [exact])
+        facts = {
+            "cells": len(index.centroids),
+            "probes": probes,
+            "expected_recall": round(expected, 4),
+            "recall_sample": len(sample),
+            # Float sums of another number of threads or another CPU may make other cells.
+            "cells_digest": hashlib.sha256(cell.tobytes()).hexdigest()[:16],
+        }
+        artifacts.write_json(self.work / "probes.json", facts)
+
+    def _find_in_cells(self, index: CellIndex, places: Tensor, probes: int) -> Neighbors:
+        return cells.search_cells(
+            index,
+            places.numpy(),
+            k=self.config.k,
+            probes=probes,
+            include_self=self.config.paper_compatible,
+        )
+
+    def _recall(self, index: npt.NDArray[np.int32], cosine: npt.NDArray[np.float32]) -> float:
+        sample = _load_chunk(self.work / "sample.npz")
+        exact = Neighbors(torch.from_numpy(sample["index"]), torch.from_numpy(sample["cosine"]))
+        items = sample["item"]
+        found = Neighbors(
+            torch.from_numpy(index[items].astype(np.int64)), torch.from_numpy(cosine[items])
+        )
+        recall = cells.measured_recall(found, exact)
+        self.telemetry.say(
+            f"recall {recall:.4f} of the {self.config.k} nearest, measured on {len(items):,} items"
+        )
+        if recall < self.config.knn.recall:
+            raise StageFailure(
+                f"the approximate neighbours have recall {recall:.4f}, below graph.knn.recall="
+                f"{self.config.knn.recall}: the item graph would miss near items. Raise "
+                f"graph.knn.sample or set graph.knn.method=exact."
+            )
+        return round(recall, 4)
+
+    # Chunks ---------------------------------------------------------------------------------------
+
+    def _find(
+        self,
+        queries: npt.NDArray[np.int64],
+        items: npt.NDArray[np.int64],
+        find: Find,
+        *,
+        block_rows: int,
+    ) -> None:
+        """Search this rank's chunks of the queries, which belong to the given items."""
+        item_of = dict(self._chunks("neighbours", items))
+        mine = list(self._mine("neighbours", queries))
+        with self._progress(mine, "items") as progress:
+            for path, chunk in mine:
+                parts = []
+                for block in torch.split(torch.from_numpy(chunk), block_rows):
+                    parts.append(find(block))
+                    progress.update(len(block))
+                _save_chunk(path, torch.from_numpy(item_of[path]), parts)
+
+    def _chunks(
+        self, name: str, queries: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[Path, npt.NDArray[np.int64]]]:
+        for start in range(0, len(queries), _CHUNK_ROWS):
+            path = self.work / f"{name}_{start:012d}.npz"
+            yield path, queries[start : start + _CHUNK_ROWS]
+
+    def _mine(
+        self, name: str, queries: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[Path, npt.NDArray[np.int64]]]:
+        """Yield this rank's chunks that are still to be done.
+
+        A rank's share must not depend on what is there: the others write while this one looks.
+        """
+        for number, (path, chunk) in enumerate(self._chunks(name, queries)):
+            if number % self.rank.world_size == self.rank.index and not path.exists():
+                yield path, chunk
+
+    def _progress(
+        self, chunks: list[tuple[Path, npt.NDArray[np.int64]]], unit: str
+    ) -> contextlib.AbstractContextManager[Progress]:
+        return self.telemetry.progress(sum(len(chunk) for _, chunk in chunks), unit)
+
+    def _chunks_written(self) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Yield what the ranks found, updated lists before those that replace them."""
+        for name in ("updated", "neighbours"):
+            for path in sorted(self.work.glob(f"{name}_*[0-9].npz")):
+                yield _load_chunk(path)
+
+
+def _save_chunk(
+    path: Path, items: Tensor, parts: list[Neighbors], incomplete: Tensor | None = None
+) -> None:
+    spare = path.with_suffix(".writing.npz")
+    np.savez(
+        spare,
+        item=items.cpu().numpy(),
+        index=torch.cat([part.index for part in parts]).cpu().numpy(),
+        cosine=torch.cat([part.cosine for part in parts]).cpu().numpy(),
+        incomplete=np.empty(0, np.int64) if incomplete is None else incomplete.cpu().numpy(),
+    )
+    spare.replace(path)
+
+
+def _load_chunk(path: Path) -> dict[str, npt.NDArray[Any]]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    spare = path.with_suffix(".writing.npy")
+    np.save(spare, array)
+    spare.replace(path)
