@@ -7,7 +7,7 @@ import codecs
 import functools
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,21 @@ _SAMPLED_LINES = 50
 
 
 def read_json_lines(
-    piece: Piece, columns: Columns, malformed: list[MalformedRow]
+    piece: Piece,
+    columns: Columns,
+    malformed: list[MalformedRow],
+    *,
+    parse: Callable[[str], object] = json.loads,
 ) -> Iterator[pa.Table]:
     """Yield the objects of a file with one JSON object per line.
 
     Which lines are rows does not depend on the columns asked for.
+
+    Args:
+        piece: the file.
+        columns: what to read.
+        malformed: receives the lines that hold no object.
+        parse: parser of lines that pyarrow refuses.
     """
     file = piece.file
     seen: set[str] = set()
@@ -53,7 +63,9 @@ def read_json_lines(
         named = named or _names(block)
         table = _parse_block(block, columns, first_line)
         if table is None:
-            table = _parse_lines(file, block, columns, first_line, malformed)
+            by_hand = functools.partial(_object, names=columns.names, parse=parse)
+            found = list(parsed_lines(file, block, first_line, malformed, parse=by_hand))
+            table = _text_table(found, columns)
         num_objects += len(table)
         seen |= set(table.column_names)
         for name in columns.names:
@@ -213,38 +225,25 @@ def _sampled(block: bytes) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _parse_lines(
-    file: RawFile,
-    block: bytes,
-    columns: Columns,
-    first_line: int,
-    malformed: list[MalformedRow],
-) -> pa.Table:
-    """Parse line by line; all values become text."""
-    rows: list[list[str | None]] = []
-    numbers: list[int] = []
-    present: set[str] = set()
-    parse = functools.partial(_object, names=columns.names)
-    for number, row in parsed_lines(file, block, first_line, malformed, parse=parse):
-        present |= row.keys()
-        rows.append([plain_text(row.get(name)) for name in columns.names])
-        numbers.append(number)
+def _text_table(rows: Sequence[tuple[int, Mapping[str, Any]]], columns: Columns) -> pa.Table:
+    """Return numbered objects as columns of text; columns that none of them has are left out."""
+    present = {name for _, row in rows for name in row}
+    names = [name for name in columns.names if name in present]
     arrays = [
-        pa.array([row[index] for row in rows], pa.string()) for index in range(len(columns.names))
+        pa.array([plain_text(row.get(name)) for _, row in rows], pa.string()) for name in names
     ]
-    table = pa.table(arrays, names=columns.names)
-    table = table.select([name for name in columns.names if name in present])
-    return numbered(table, np.array(numbers, dtype=np.int64)) if len(rows) else pa.table({ROW: []})
+    numbers = pa.array([number for number, _ in rows], pa.int64())
+    return pa.table([*arrays, numbers], names=[*names, ROW])
 
 
-def _object(text: str, names: Sequence[str]) -> object:
-    """Parse one line as Python does, or, where that has narrower limits, as pyarrow does.
+def _object(text: str, names: Sequence[str], parse: Callable[[str], object]) -> object:
+    """Parse one line by ``parse``, or, where that has narrower limits, as pyarrow does.
 
     Otherwise a line with numbers of thousands of digits or very deep lists would be a row for some
     columns and malformed for others.
     """
     try:
-        return json.loads(text)
+        return parse(text)
     except (ValueError, RecursionError):
         line = text.strip().encode("utf-8", "replace")
         everything = parse_with_schema(line, pa.schema([])) if line.startswith(b"{") else None

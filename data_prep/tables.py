@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignrec.errors import UserError
-from data_prep import delimited, json_lines, readers
+from data_prep import adapters, delimited, json_lines, readers
 from data_prep.conversion import as_text, is_unusable, plain, references_and_bytes
 from data_prep.delimited import COMMAS, TABS
 from data_prep.locations import Piece, RawFile
@@ -35,6 +35,7 @@ _READERS: dict[str, Reader] = {
     ".jsonl": json_lines.read_json_lines,
     ".ndjson": json_lines.read_json_lines,
     ".json": json_lines.read_json_lines,
+    **adapters.READERS,
 }
 
 
