@@ -1,5 +1,6 @@
-"""A cluster with dashboard and token: submit a recipe, watch it, stop it, see its metrics."""
+"""A cluster with dashboard and token: submit a recipe, watch it, stop it, schedule it, metrics."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -53,6 +55,20 @@ class Commands:
         )
         assert result.returncode == code, result.stdout + result.stderr
         return result
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[subprocess.Popen[str]]:
+        """A schedule server for the length of the block."""
+        with subprocess.Popen(
+            [sys.executable, "-m", "launch", "schedule", "serve", "--every", "0.2"],
+            cwd=ROOT,
+            env=self.variables,
+            text=True,
+        ) as server:
+            try:
+                yield server
+            finally:
+                server.kill()
 
     def submit(self, run_dir: str, *assignments: str) -> str:
         options = [f"--set={assignment}" for assignment in assignments]
@@ -140,6 +156,38 @@ def test_a_running_job_shows_its_metrics_and_stops(commands: Commands) -> None:
     commands("launch", "logs", job, "--follow", code=1)
     assert "over already" in commands("launch", "stop", job).stdout
     assert job in commands("launch", "list").stdout
+
+
+def test_a_scheduled_run_is_submitted_once_though_its_server_is_killed(commands: Commands) -> None:
+    folder = commands.folder / "home" / "schedules"
+    recipe, run_dir = str(commands.folder / "tiny.yaml"), str(commands.folder / "scheduled")
+    commands(
+        "launch", "schedule", "add", "yearly", "--cron", "0 3 1 1 *", recipe, "--run-dir", run_dir
+    )
+    job = commands("launch", "schedule", "run", "yearly").stdout.strip()
+
+    def state() -> dict[str, Any]:
+        path = folder / "yearly.state.json"
+        return json.loads(path.read_text()) if path.exists() else {"active": None}
+
+    with commands.served() as server:
+        assert until(lambda: (state()["active"] or {}).get("phase") == "running", seconds=60)
+        server.kill()
+    forgotten = state()
+    forgotten["active"]["phase"] = "submitting"  # as if killed before it was written down
+    (folder / "yearly.state.json").write_text(json.dumps(forgotten))
+    with commands.served() as server:
+        assert until((folder / "yearly.history.jsonl").exists, seconds=60)
+        second = commands("launch", "schedule", "serve", code=2)
+        assert f"are served by process {server.pid}" in second.stderr
+        server.terminate()
+        assert server.wait(timeout=60) == 0
+
+    (entry,) = json.loads(commands("launch", "schedule", "history", "yearly", "--json").stdout)
+    assert (entry["job"], entry["outcome"], entry["exit_code"]) == (job, "succeeded", 0)
+    listed = json.loads(commands("launch", "list", "--json").stdout)
+    assert [row["id"] for row in listed if row["id"].startswith("yearly-")] == [job]
+    assert artifacts.read(Path(run_dir) / "data_prep").counts["num_items"] == 40
 
 
 def test_mistakes_are_one_line(commands: Commands) -> None:
