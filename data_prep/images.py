@@ -15,6 +15,7 @@ from data_prep.quarantine import Reason
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # Raised whenever the same bytes would become another picture.
 _PREPARATION_VERSION = 1
+_SEVERAL = "MPO"  # what Pillow calls a JPEG with a second one behind it, as stereo cameras write
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -132,44 +133,60 @@ def prepare(data: bytes, rules: ImageRules) -> Picture:
 
 def _prepare(data: bytes, rules: ImageRules) -> Picture:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        width, height = image.size
-        if width * height > rules.max_pixels:
-            raise BadImage(
-                Reason.IMAGE_TOO_MANY_PIXELS, f"{width} x {height} pixels in {len(data)} bytes"
-            )
-        if min(width, height) < rules.min_side:
-            raise BadImage(Reason.IMAGE_TOO_SMALL, f"{width} x {height} pixels")
-        if "progressive" in image.info and data.count(_SCAN) > _MAX_SCANS:
-            raise BadImage(Reason.IMAGE_CORRUPT, f"{data.count(_SCAN)} scans: would take for ever")
+        _check_size(image, data, rules)
         if image.format == "PNG":
             image.load()  # reading EXIF would do it and pass over the damage that it meets
         orientation = _orientation(image)
-        animated = bool(getattr(image, "is_animated", False))
         right = image.format == "JPEG" and image.mode == "RGB" and orientation == 1
+        width, height = image.size
         if right and max(width, height) <= rules.max_side:
             image.load()
             return Picture(data, width, height, kept=True, animated=False)
+        animated = image.format != _SEVERAL and bool(getattr(image, "is_animated", False))
         upright = _shrunk(image, rules.max_side, orientation)
     buffer = io.BytesIO()
     upright.save(buffer, "JPEG", quality=rules.jpeg_quality, comment=b"")
     return Picture(buffer.getvalue(), *upright.size, kept=False, animated=animated)
 
 
+def _check_size(image: Image.Image, data: bytes, rules: ImageRules) -> None:
+    """Refuse a picture, before it is decoded, for the work and the memory that it would take."""
+    width, height = image.size
+    if width * height > rules.max_pixels:
+        raise BadImage(
+            Reason.IMAGE_TOO_MANY_PIXELS, f"{width} x {height} pixels in {len(data)} bytes"
+        )
+    if min(width, height) < rules.min_side:
+        raise BadImage(Reason.IMAGE_TOO_SMALL, f"{width} x {height} pixels")
+    if "progressive" in image.info and data.count(_SCAN) > _MAX_SCANS:
+        raise BadImage(Reason.IMAGE_CORRUPT, f"{data.count(_SCAN)} scans: would take for ever")
+
+
 def _shrunk(image: Image.Image, max_side: int, orientation: int) -> Image.Image:
-    if image.format == "JPEG" and image.mode == "RGB":
-        # libjpeg decodes at 1/2, 1/4 or 1/8: twice the final size keeps the quality.
-        image.draft("RGB", (max_side * 2, max_side * 2))
+    """Return the picture in RGB, upright, with no side above ``max_side``."""
+    size = _fitting(image.size, max_side)
+    # libjpeg decodes at 1/2, 1/4 or 1/8 of the size in a fraction of the time. The smallest that is
+    # not below the final size loses about as little as averaging over areas (40 to 47 dB PSNR to
+    # the picture resized as a whole; JPEG itself at quality 90 loses as much).
+    image.draft(None, size)
     pixels = _rgb(image)
-    pixels.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    if pixels.size != size:
+        pixels = pixels.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     turn = _TURNS.get(orientation)
     return pixels if turn is None else pixels.transpose(turn)
+
+
+def _fitting(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    width, height = size
+    scale = min(1.0, max_side / max(size))
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Return the first frame in RGB, transparent parts on white."""
     if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip instead of scale
-        deep = np.asarray(image, dtype=np.int64)
-        return Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        deep = np.asarray(image) >> 8
+        return Image.fromarray(deep.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         background = Image.new("RGB", layer.size, _WHITE)

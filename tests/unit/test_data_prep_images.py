@@ -1,7 +1,9 @@
 """Pictures: good ones become upright RGB JPEGs, each kind of bad one is refused with its reason."""
 
+import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -38,13 +40,12 @@ def pixels(data: bytes) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing: a decompression bomb."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [
@@ -101,6 +102,87 @@ def test_every_colour_mode_becomes_rgb(mode: str) -> None:
     assert pixels(prepared.data).shape == (20, 20, 3)
 
 
+def test_all_sixteen_bits_are_scaled_not_cut() -> None:
+    ramp = np.linspace(0, 65535, 64 * 16).astype(np.uint16).reshape(16, 64)
+    found = pixels(images.prepare(encoded(Image.fromarray(ramp), "PNG"), RULES).data)
+    assert abs(found[..., 0] - (ramp >> 8)).mean() < 2
+
+
+def natural(width: int, height: int) -> Image.Image:
+    """Structure of all sizes, the smaller the weaker, as photographs have it."""
+    rng = np.random.default_rng(1)
+    total = np.full((height, width, 3), 128.0)
+    for octave in range(8):
+        cells = rng.integers(0, 256, (3 << octave, 4 << octave, 3), dtype=np.uint8)
+        layer = Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
+        total += (np.asarray(layer) - 128.0) * 0.5 ** (octave + 1)
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize(("width", "height"), [(130, 70), (256, 192), (500, 375), (750, 1000)])
+def test_fast_decoding_loses_about_as_little_as_averaging_over_areas(
+    width: int, height: int, options: dict[str, Any]
+) -> None:
+    data = encoded(natural(width, height), quality=90, **options)
+    prepared = images.prepare(data, RULES)
+    size = (prepared.width, prepared.height)
+
+    def resized(how: Image.Resampling) -> np.ndarray:
+        whole = Image.open(io.BytesIO(data)).resize(size, how)
+        return pixels(encoded(whole, quality=RULES.jpeg_quality))
+
+    def loss(found: np.ndarray) -> float:
+        return float(((found - resized(Image.Resampling.LANCZOS)) ** 2).mean())
+
+    assert loss(pixels(prepared.data)) < 2 * loss(resized(Image.Resampling.BOX))
+
+
+def test_inks_of_a_press_become_colours() -> None:
+    """Adobe writes the four inks inverted; red is no cyan, all magenta and all yellow."""
+    inks = Image.merge("CMYK", [Image.new("L", (32, 32), v) for v in (0, 255, 255, 0)])
+    for data in (encoded(inks), encoded(inks.resize((200, 200)))):
+        assert b"Adobe" in data
+        assert abs(pixels(images.prepare(data, RULES).data) - (255, 0, 0)).max() < 30
+
+
+def test_a_jpeg_with_a_second_one_behind_it_is_its_first() -> None:
+    views = [Image.new("RGB", (50, 40), colour) for colour in ("red", "blue")]
+    data = encoded(views[0], "MPO", save_all=True, append_images=views[1:])
+    prepared = images.prepare(data, RULES)
+    assert not prepared.kept
+    assert not prepared.animated
+    assert (pixels(prepared.data) - (254, 0, 0)).max() < 3
+    assert len(prepared.data) < len(data)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA"])
+def test_transparent_parts_of_every_mode_become_white(mode: str) -> None:
+    layer = Image.new("RGBA", (16, 16), (200, 0, 0, 255))
+    layer.paste((0, 200, 0, 0), (0, 0, 8, 16))
+    image = layer.quantize(4) if mode == "P" else layer.convert(mode)
+    found = pixels(images.prepare(encoded(image, "PNG"), RULES).data)
+    assert found[:, :6].min() > 235
+    assert found[:, 10:].min() < 120
+
+
+def test_what_is_written_again_says_nothing_about_its_origin() -> None:
+    """Place, camera, profile and comment of the photographer stay behind."""
+    exif = Image.Exif()
+    exif[0x0110] = "camera 12345"
+    exif.get_ifd(0x8825)[2] = (1.0, 2.0, 3.0)
+    profile = b"profile" * 50
+    options = {"exif": exif, "icc_profile": profile, "comment": b"by me", "xmp": b"<xmp/>"}
+    for kind, size in (("JPEG", (200, 100)), ("PNG", (40, 30)), ("WEBP", (40, 30))):
+        options_of = {k: v for k, v in options.items() if k != "comment" or kind == "JPEG"}
+        data = encoded(picture(*size), kind, **options_of)
+        assert b"camera 12345" in data
+        prepared = images.prepare(data, RULES)
+        assert not prepared.kept
+        with Image.open(io.BytesIO(prepared.data)) as image:
+            assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+
+
 def test_transparent_parts_become_white() -> None:
     clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     assert pixels(images.prepare(encoded(clear, "PNG"), RULES).data).min() > 250
@@ -153,6 +235,19 @@ def test_bad_bytes_are_refused_with_their_reason(name: str) -> None:
         assert caught.value.reason in allowed
     else:
         assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_texts_that_unpack_to_gigabytes_are_not_unpacked(name: bytes) -> None:
+    bomb = zlib.compress(bytes(30_000_000), 9)
+    head = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[name]
+    data = PNG[:33] + chunk(name, head + bomb) * 3 + PNG[33:]
+    tracemalloc.start()
+    with contextlib.suppress(BadImage):
+        images.prepare(data, RULES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_random_damage_never_raises_anything_else() -> None:
