@@ -39,7 +39,8 @@ class Manifest:
         kind: dataset, encoder, features, graph, embeddings, metrics or bundle.
         fingerprint: digest of everything that decides the content: stage version, the settings
             that affect the result, and the inputs' identities. Equal fingerprints, equal results.
-        identity: digest of the files' checksums: what a later stage's fingerprint refers to.
+        identity: digest of the files' checksums, but for those that only say how the content came
+            about: what a later stage's fingerprint refers to.
         config: the resolved configuration of the stage.
         inputs: name of each input -> its path and identity.
         counts: e.g. num_items, num_users, num_quarantined.
@@ -69,12 +70,15 @@ class Draft:
     Attributes:
         checksums: path in the folder -> {"bytes", "sha256"} of files that were hashed while they
             were written or that are links to files of a finished artifact: not read again.
+        provenance: paths of files that say how the content came about and are not content: two
+            artifacts that differ in them alone have one identity.
     """
 
     path: Path
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     checksums: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    provenance: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def work(self) -> Path:
@@ -170,7 +174,9 @@ def complete(
     manifest = Manifest(
         kind=kind,
         fingerprint=fingerprint,
-        identity=digest({name: entry["sha256"] for name, entry in files.items()}),
+        identity=digest(
+            {name: entry["sha256"] for name, entry in files.items() if name not in draft.provenance}
+        ),
         config=dict(config),
         inputs={
             name: {"path": str(inputs[name]), "identity": source.identity}

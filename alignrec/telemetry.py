@@ -85,6 +85,17 @@ class Telemetry:
             writer.add_scalar(f"{self.stage}/{name}", value, step)
             self._set_gauge(name, value)
 
+    def gauge(self, name: str, value: float, **tags: str) -> None:
+        """Show a number in the Ray dashboard and nowhere else.
+
+        Args:
+            name: of the metric; the stage's name goes before it.
+            value: the number now.
+            **tags: what tells apart the lines of one metric, e.g. reason="image_missing".
+        """
+        if self.enabled:
+            self._set_gauge(name, value, tags)
+
     def say(self, message: str) -> None:
         """Print one line for the person who watches."""
         if self.enabled:
@@ -110,17 +121,20 @@ class Telemetry:
             self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"))
         return self._tensorboard
 
-    def _set_gauge(self, name: str, value: float) -> None:
+    def _set_gauge(self, name: str, value: float, tags: Mapping[str, str] | None = None) -> None:
+        tags = tags or {}
         self._ray = self._ray or (_ray_metrics() if self.enabled else None)
         if self._ray is None:
             return
         plain = "alignrec_" + "".join(c if c.isalnum() else "_" for c in f"{self.stage}_{name}")
         if plain not in self._gauges:
             self._gauges[plain] = self._ray.Gauge(
-                plain, description=f"{name} of stage {self.stage}", tag_keys=("stage", "run")
+                plain,
+                description=f"{name} of stage {self.stage}",
+                tag_keys=("stage", "run", *sorted(tags)),
             )
         run = os.environ.get("ALIGNREC_RUN", "")
-        self._gauges[plain].set(value, tags={"stage": self.stage, "run": run})
+        self._gauges[plain].set(value, tags={"stage": self.stage, "run": run, **tags})
 
 
 @dataclasses.dataclass

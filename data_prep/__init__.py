@@ -9,5 +9,6 @@ STAGE = Stage(
     run="data_prep.preparation:run",
     inputs=(),
     optional_inputs=(),
+    version=2,
     driver=True,
 )

@@ -1,13 +1,17 @@
 """Item table in, item_index and chunks of rows out (sources -> shards).
 
 Two passes over the table: the first reads the keys alone, the second copies the rows that stay into
-chunks of ``shards.max_samples`` rows, so that no process ever holds the whole catalogue.
+chunks of ``shards.max_samples`` rows, so that no process ever holds the whole catalogue. Rows that
+do not come in the order of item_index, because the version before numbered them, go over the disk.
 """
 
 import dataclasses
+import itertools
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +21,18 @@ import pyarrow.parquet as pq
 
 from alignrec.artifacts import write_json
 from alignrec.errors import UserError
+from data_prep import sorting
 from data_prep.config import ItemColumns
 from data_prep.locations import RawFile
+from data_prep.pictures import IMAGE, IMAGE_BYTES
 from data_prep.quarantine import Quarantine, Reason
-from data_prep.shards import TEXT_PREFIX, TITLE
-from data_prep.tables import Columns, MalformedRow, check_columns, read_batches
+from data_prep.shards import REMOVED, TEXT_PREFIX, TITLE
+from data_prep.tables import Columns, MalformedRow, bytes_column, check_columns, read_batches
 
 SETTING = "data_prep.items.columns"
 MAX_KEY_BYTES = 256
+_REMOVED_ROWS = 65_536
+Ints = npt.NDArray[np.int64]
 _CONTROL = r"[\x00-\x1f\x7f]"
 
 
@@ -93,30 +101,85 @@ def first_occurrences(keys: pa.Array) -> npt.NDArray[np.bool_]:
     return result
 
 
+@dataclasses.dataclass(frozen=True)
+class Numbering:
+    """Which item_index the keys of the item table get.
+
+    Attributes:
+        earlier: keys of the version before in item_index order; they keep their numbers.
+        known: (num_keys,) item_index of each present key in the version before, -1 for new ones.
+    """
+
+    earlier: pa.Array
+    known: Ints
+
+    @classmethod
+    def of(cls, keys: pa.Array, earlier: pa.Array | None = None) -> Self:
+        """Compare the keys of the item table with those of the version before."""
+        if earlier is None:
+            earlier = pa.array([], pa.string())
+        known = pc.fill_null(pc.index_in(keys, value_set=earlier), -1)
+        return cls(earlier, known.to_numpy().astype(np.int64))
+
+    def assign(self, kept: npt.NDArray[np.bool_]) -> Ints:
+        """Return the item_index of each key, -1 where it is not kept.
+
+        Keys of the version before have their old numbers, kept or not; new ones follow in the
+        order of the item table.
+        """
+        is_new = kept & (self.known < 0)
+        numbers = np.where(kept, self.known, -1)
+        numbers[is_new] = len(self.earlier) + np.arange(int(is_new.sum()))
+        return numbers
+
+    def removed(self, numbers: Ints) -> pa.Table:
+        """Return (item_index, item_key) of what the version before had and ``numbers`` has not."""
+        is_there = np.zeros(len(self.earlier), dtype=bool)
+        is_there[numbers[(numbers >= 0) & (numbers < len(self.earlier))]] = True
+        gone = np.flatnonzero(~is_there)
+        return pa.table({"item_index": gone, "item_key": self.earlier.take(pa.array(gone))})
+
+
 def write_chunks(
     files: Sequence[RawFile],
     columns: ItemColumns,
     *,
-    is_item: npt.NDArray[np.bool_],
+    numbers: Ints,
+    removed: pa.Table,
     folder: Path,
     max_rows: int,
 ) -> int:
     """Copy the rows that are items into ``<folder>/<chunk>.parquet`` and return how many chunks.
 
+    Chunk c holds item_index ``c * max_rows`` up to below ``(c + 1) * max_rows``, in this order.
+
     Args:
         files: the item table.
         columns: column mapping.
-        is_item: (num_rows,) rows that stay, in the order of the table.
+        numbers: (num_rows,) item_index of each row of the table, -1 for rows that do not stay.
+        removed: item_index and item_key of removed items, which get a row without content.
         folder: receives the chunks; a finished copy is not made again.
-        max_rows: rows in every chunk but the last.
+        max_rows: item_index in every chunk but the last.
     """
     mark = folder / "done.json"
     if mark.exists():
         return int(json.loads(mark.read_text())["num_chunks"])
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = _rows(files, columns, numbers)
+    present = numbers[numbers >= 0]
+    if not len(removed) and bool(np.all(np.diff(present) > 0)):
+        chunks = _rechunk(rows, max_rows)
+    else:
+        gone = (_row_of_removed(part, columns) for part in removed.to_batches(_REMOVED_ROWS))
+        chunks = sorting.sorted_chunks(
+            itertools.chain(rows, gone),
+            num_rows=len(present) + len(removed),
+            max_rows=max_rows,
+            folder=folder / "sorting",
+        )
     num_chunks = 0
-    rows = _rows(files, columns, is_item)
-    for num_chunks, chunk in enumerate(_rechunk(rows, max_rows), start=1):
+    for num_chunks, chunk in enumerate(chunks, start=1):
         pq.write_table(chunk, folder / f"{num_chunks - 1:06d}.parquet")
     write_json(mark, {"num_chunks": num_chunks})
     return num_chunks
@@ -144,31 +207,49 @@ def row_details(rows: npt.NDArray[np.int64]) -> pa.Array:
     return pc.binary_join_element_wise("row", pa.array(rows + 1).cast(pa.string()), " ")
 
 
-def _rows(
-    files: Sequence[RawFile], columns: ItemColumns, is_item: npt.NDArray[np.bool_]
-) -> Iterator[pa.Table]:
+def _rows(files: Sequence[RawFile], columns: ItemColumns, numbers: Ints) -> Iterator[pa.Table]:
     """Yield the items' rows with the columns that a shard task expects."""
-    start = index = 0
+    start = 0
     for batch in read_batches(files, _all_columns(columns), []):
-        kept = batch.filter(pa.array(is_item[start : start + len(batch)]))
+        index = numbers[start : start + len(batch)]
         start += len(batch)
+        kept = batch.filter(pa.array(index >= 0))
         nothing = pa.nulls(len(kept), pa.string())
         image = kept[columns.image] if columns.image else nothing
+        content = kept[bytes_column(columns.image)] if columns.image else None
         yield pa.table(
             {
-                "item_index": np.arange(index, index + len(kept)),
+                "item_index": index[index >= 0],
                 "item_key": kept[columns.key],
                 TITLE: kept[columns.title] if columns.title else nothing,
-                "image": pc.if_else(pc.equal(image, ""), None, image),
+                IMAGE: pc.if_else(pc.equal(image, ""), None, image),
+                IMAGE_BYTES: pa.nulls(len(kept), pa.large_binary()) if content is None else content,
+                REMOVED: np.zeros(len(kept), dtype=bool),
                 **{TEXT_PREFIX + name: kept[name] for name in columns.text},
             }
         )
-        index += len(kept)
+
+
+def _row_of_removed(items: pa.RecordBatch, columns: ItemColumns) -> pa.Table:
+    """Return rows without content, with the columns of ``_rows``."""
+    nothing = pa.nulls(len(items), pa.string())
+    return pa.table(
+        {
+            "item_index": items["item_index"],
+            "item_key": items["item_key"],
+            TITLE: nothing,
+            IMAGE: nothing,
+            IMAGE_BYTES: pa.nulls(len(items), pa.large_binary()),
+            REMOVED: np.ones(len(items), dtype=bool),
+            **{TEXT_PREFIX + name: nothing for name in columns.text},
+        }
+    )
 
 
 def _all_columns(columns: ItemColumns) -> Columns:
-    optional = [name for name in (columns.title, columns.image) if name is not None]
-    return Columns(SETTING, text=(columns.key, *columns.text, *optional))
+    titles = () if columns.title is None else (columns.title,)
+    pictures = () if columns.image is None else (columns.image,)
+    return Columns(SETTING, text=(columns.key, *columns.text, *titles), binary=pictures)
 
 
 def _rechunk(tables: Iterator[pa.Table], max_rows: int) -> Iterator[pa.Table]:

@@ -17,6 +17,7 @@ Source = Literal["table", "amazon2014", "amazon2023", "movielens", "hm", "mmrec"
 Strategy = Literal["user_random", "user_time", "user_last_out", "global_time"]
 # A name, or an IPv4 or IPv6 address; only a whole first label may be left open.
 _HOST = re.compile(r"(\*\.)?[\w-]+(\.[\w-]+)*\.?|[0-9a-fA-F:]*:[0-9a-fA-F:.]*")
+_KEEP_VERSIONS = 5
 TIME_STRATEGIES: tuple[Strategy, ...] = ("user_time", "user_last_out", "global_time")
 
 
@@ -49,11 +50,21 @@ class InteractionsConfig:
     duplicates: Literal["last", "first"] = option(
         "last", "which of a pair's interactions stays, by time and then by row of the log"
     )
+    unknown_items: Literal["quarantine", "drop"] = option(
+        "quarantine",
+        "rows of items that the item table lacks: bad rows, or left out and only counted",
+    )
     min_user_interactions: int = option(
         1, "iterative k-core: least interactions of a user that stays", minimum=1
     )
     min_item_interactions: int = option(
         1, "iterative k-core: least interactions of an item in the log", minimum=1
+    )
+    rows_per_task: int = option(
+        2_000_000,
+        "rows of the log that one task holds in memory (about 150 bytes each)",
+        minimum=1,
+        affects_result=False,
     )
 
 
@@ -168,6 +179,40 @@ class ShardsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VersionsConfig:
+    """A dataset that grows from run to run."""
+
+    root: str | None = option(
+        None,
+        "folder of the versions, on storage that all hosts share; the output becomes a link to "
+        "one of them; null: no versions, numbering starts at 0",
+    )
+    keep: int = option(
+        _KEEP_VERSIONS,
+        "newest versions that stay; older ones are deleted",
+        minimum=1,
+        affects_result=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work or would have no effect.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if self.root is None and self.keep != _KEEP_VERSIONS:
+            raise UserError(
+                f"data_prep.versions.keep={self.keep} has no effect without versions: none are "
+                f"made. Set data_prep.versions.root or remove it."
+            )
+        if self.root is not None and (not self.root or "://" in self.root):
+            raise UserError(
+                f"data_prep.versions.root={self.root!r} is no folder: versions share files by hard "
+                f"links and are moved by rename. Name a folder of a mounted file system."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class MMRecConfig:
     """A dataset in the format of MMRec: interactions and ready features."""
 
@@ -206,6 +251,7 @@ class DataPrepConfig:
     text: TextConfig = option(TextConfig(), "texts")
     split: SplitConfig = option(SplitConfig(), "train, valid and test")
     shards: ShardsConfig = option(ShardsConfig(), "packing of samples")
+    versions: VersionsConfig = option(VersionsConfig(), "a dataset that grows from run to run")
     mmrec: MMRecConfig = option(MMRecConfig(), "files of MMRec's format (source: mmrec)")
     synthetic: SyntheticConfig = option(SyntheticConfig(), "sizes (source: synthetic)")
     max_bad_fraction: float = option(
@@ -245,6 +291,11 @@ class DataPrepConfig:
         if self.source == "mmrec":
             _require(self.mmrec.interactions, "mmrec.interactions", "the .inter file")
             _require(self.mmrec.features, "mmrec.features", "the feature files")
+            if self.versions.root is not None:
+                raise UserError(
+                    "data_prep.versions has no effect with source: mmrec, whose files say the "
+                    "numbers of items and users. Remove it."
+                )
         _require_used(self, "mmrec", MMRecConfig())
         _require_used(self, "synthetic", SyntheticConfig())
         columns = self.interactions.columns

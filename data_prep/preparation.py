@@ -5,7 +5,9 @@ The order is chosen so that mistakes show early: the log is read before any pict
 
 import contextlib
 import dataclasses
-from typing import Any
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,20 +16,20 @@ import pyarrow.parquet as pq
 
 from alignrec import artifacts, configuration
 from alignrec.data import schema
-from alignrec.data.schema import SPLITS, Split
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
 from alignrec.testing import synthetic
-from data_prep import catalogue, engine, interactions, locations, mmrec, splits
+from data_prep import catalogue, interactions, locations, mmrec, packing, versions
+from data_prep.catalogue import Ints, Numbering
 from data_prep.config import (
-    TIME_STRATEGIES,
     DataPrepConfig,
     InteractionColumns,
     ItemsConfig,
     paths_of,
 )
 from data_prep.images import ImageRules
-from data_prep.interactions import Ints, Log
+from data_prep.packing import Packed
+from data_prep.pictures import PictureRules
 from data_prep.quarantine import Quarantine, check_budget
 from data_prep.shards import ShardPlan, TextRules
 from data_prep.statistics import Tally
@@ -43,32 +45,65 @@ def run(config: DataPrepConfig, context: Context) -> None:
         StageFailure: more of it is bad than ``max_bad_fraction``.
     """
     with (
-        artifacts.writing(
-            context.output,
-            kind="dataset",
-            fingerprint=context.fingerprint,
-            config=configuration.to_mapping(config),
-            inputs={},
-        ) as draft,
         Telemetry(context.log_dir, STAGE_NAME) as telemetry,
+        _writing(config, context, telemetry) as (draft, base),
     ):
         quarantine = Quarantine(draft.work / "quarantine")
-        preparation = _Preparation(config, context, draft, telemetry, quarantine)
+        preparation = _Preparation(config, context, draft, telemetry, quarantine, base)
         if config.source == "mmrec":
             preparation.run_mmrec()
         else:
             preparation.run_catalogue()
 
 
+@contextlib.contextmanager
+def _writing(
+    config: DataPrepConfig, context: Context, telemetry: Telemetry
+) -> Iterator[tuple[artifacts.Draft, Path | None]]:
+    """Give a draft of the dataset, and the version that it continues; publish it at the end."""
+    resolved = configuration.to_mapping(config)
+    if config.versions.root is None:
+        with artifacts.writing(
+            context.output,
+            kind="dataset",
+            fingerprint=context.fingerprint,
+            config=resolved,
+            inputs={},
+        ) as draft:
+            yield draft, None
+        return
+    with versions.writing(
+        Path(locations.absolute(config.versions.root)),
+        context.output,
+        keep=config.versions.keep,
+        kind="dataset",
+        fingerprint=context.fingerprint,
+        config=resolved,
+        run=os.environ.get("ALIGNREC_RUN") or str(context.output.absolute()),
+        say=telemetry.say,
+    ) as growing:
+        base = growing.base
+        growing.draft.facts["version"] = {
+            "number": growing.number,
+            "base": None if base is None else base.name,
+        }
+        yield growing.draft, base
+
+
 @dataclasses.dataclass
 class _Preparation:
-    """One run: its settings, its draft, and what it has put in quarantine so far."""
+    """One run: its settings, its draft, and what it has put in quarantine so far.
+
+    Attributes:
+        base: the version before, whose numbers, shards and pictures stay; None without one.
+    """
 
     config: DataPrepConfig
     context: Context
     draft: artifacts.Draft
     telemetry: Telemetry
     quarantine: Quarantine
+    base: Path | None
 
     def run_mmrec(self) -> None:
         """Import interactions with ready splits; there are no samples."""
@@ -80,36 +115,69 @@ class _Preparation:
         items = [np.arange(num_items), data.item_keys, nothing, nothing, no, no, no]
         pq.write_table(pa.table(items, schema=schema.ITEMS), self.draft.path / "items.parquet")
         pq.write_table(schema.SAMPLES.empty_table(), self.draft.path / "samples.parquet")
-        user_keys = pa.array(np.arange(data.num_users)).cast(pa.string())
-        self._write_interactions(data.log, data.labels, user_keys)
-        self.draft.facts["interactions"] |= {"rows": data.num_rows, "left": len(data.log)}
-        self._finish(Tally(samples=0), num_items=num_items, num_shards=0)
+        written = interactions.write_imported(
+            data.rows, num_users=data.num_users, folder=self.draft.path
+        )
+        self.draft.counts |= written.counts
+        self.draft.facts["interactions"] = {"rows": data.num_rows, **written.facts}
+        self._finish(Tally(samples=0), num_items=num_items, num_removed=0, num_shards=0)
         self.telemetry.say(
             f"imported {num_items:,} items, {data.num_users:,} users, "
-            f"{len(data.log):,} interactions with their split"
+            f"{len(data.rows):,} interactions with their split"
         )
 
     def run_catalogue(self) -> None:
         """Prepare items, pictures, texts and interactions."""
         config = self._with_raw_files()
-        item_files = locations.find(paths_of(config.items.path))
+        item_files = config.item_files()
         keys = catalogue.read_keys(item_files, config.items.columns, self.quarantine)
         self._check("items", keys.num_rows + keys.num_malformed, item_files[0].url)
-        kept_items = self._prepare_interactions(config, keys.good)
-        is_item = _rows_of(keys.is_good, kept_items)
+        numbering = catalogue.Numbering.of(keys.good, self._earlier_keys("items", "item_key"))
+        numbers = self._prepare_interactions(config, keys.good, numbering)
+        removed = numbering.removed(numbers)
+        num_items = int((numbers >= 0).sum()) + len(removed)
         plan = self._shard_plan(config)
         num_chunks = catalogue.write_chunks(
             item_files,
             config.items.columns,
-            is_item=is_item,
+            numbers=_numbers_of_rows(keys.is_good, numbers),
+            removed=removed,
             folder=plan.chunk_path(0).parent,
             max_rows=config.shards.max_samples,
         )
-        tally = self._make_shards(plan, num_chunks, int(is_item.sum()))
-        self._collect_bad_pictures(plan, num_chunks)
-        self._check("images", tally.images_declared, plan.images.root)
-        self._join_parts(plan, num_chunks)
-        self._finish(tally, num_items=int(is_item.sum()), num_shards=num_chunks)
+        packed = self._make_shards(plan, num_chunks, num_items)
+        packing.list_bad_pictures(plan, packed.chunks, self.quarantine)
+        self._check("images", packed.tally.images_declared, plan.pictures.images.root)
+        packing.join_tables(plan, packed.chunks, self.draft)
+        self._finish(
+            packed.tally,
+            num_items=num_items,
+            num_removed=len(removed),
+            num_shards=packed.num_shards,
+        )
+        if self.base is not None:
+            self._tell_what_changed(packed, num_new=int((numbers >= len(numbering.earlier)).sum()))
+
+    def _earlier_keys(self, table: str, column: str) -> pa.Array | None:
+        """Return the keys of the version before, in the order of their numbers."""
+        if self.base is None:
+            return None
+        keys = schema.read_table(self.base / f"{table}.parquet", columns=[column])[column]
+        return pa.concat_arrays(keys.chunks) if keys.num_chunks else pa.array([], pa.string())
+
+    def _tell_what_changed(self, packed: Packed, *, num_new: int) -> None:
+        assert self.base is not None
+        self.draft.facts["version"] |= {
+            "new_items": num_new,
+            "linked_shards": packed.num_linked,
+            "kept_pictures": packed.num_kept,
+            "fetched_pictures": packed.num_fetched,
+        }
+        self.telemetry.say(
+            f"since version {self.base.name}: {num_new:,} new items, "
+            f"{packed.num_linked:,} of {len(packed.chunks):,} shards unchanged; in the others "
+            f"{packed.num_kept:,} pictures kept and {packed.num_fetched:,} fetched"
+        )
 
     def _with_raw_files(self) -> DataPrepConfig:
         """Return the configuration with raw files to read; a synthetic catalogue is drawn first."""
@@ -137,58 +205,35 @@ class _Preparation:
         )
 
     def _prepare_interactions(
-        self, config: DataPrepConfig, item_keys: pa.Array
-    ) -> npt.NDArray[np.bool_]:
-        """Write users and interactions; return which items of the catalogue stay."""
+        self, config: DataPrepConfig, item_keys: pa.Array, numbering: Numbering
+    ) -> Ints:
+        """Write users and interactions; return the item_index of each key, -1 if it goes."""
         files = locations.find(paths_of(config.interactions.path))
-        raw = interactions.read_log(files, config.interactions.columns, self.quarantine)
-        log, user_keys = interactions.encode(
-            raw,
+        cleaned = interactions.clean(
+            files,
+            config,
             item_keys,
-            self.quarantine,
-            need_timestamps=config.split.strategy in TIME_STRATEGIES,
+            quarantine=self.quarantine,
+            work=self.draft.work,
+            telemetry=self.telemetry,
+            check=lambda num_rows: self._check("interactions", num_rows, files[0].url),
         )
-        num_rows = len(raw) + raw.num_malformed
-        self._check("interactions", num_rows, files[0].url)
-        del raw
-        log, dropped = interactions.clean(log, config.interactions)
-        user, old_users = interactions.renumber(log.user, len(user_keys))
-        item, kept_items = self._renumbered_items(config.items, log.item, len(item_keys))
-        log = dataclasses.replace(log, user=user, item=item)
-        self._write_interactions(log, splits.split(log, config.split), user_keys.take(old_users))
-        self.draft.facts["interactions"] |= {"rows": num_rows, **dropped}
+        kept = cleaned.interacted | (config.items.keep == "all")
+        numbers = numbering.assign(kept)
+        written = interactions.write(
+            cleaned,
+            item_index=numbers,
+            base_user_keys=self._earlier_keys("users", "user_key"),
+            folder=self.draft.path,
+            telemetry=self.telemetry,
+        )
+        self.draft.counts |= written.counts
+        self.draft.facts["interactions"] = written.facts
         self.telemetry.say(
-            f"{num_rows:,} rows of the log: {len(log):,} interactions of "
-            f"{len(old_users):,} users with {int(kept_items.sum()):,} items"
+            f"{cleaned.num_rows:,} rows of the log: {written.facts['left']:,} interactions of "
+            f"{written.counts['num_users']:,} users with {int(kept.sum()):,} items"
         )
-        return kept_items
-
-    @staticmethod
-    def _renumbered_items(
-        config: ItemsConfig, item: Ints, num_items: int
-    ) -> tuple[Ints, npt.NDArray[np.bool_]]:
-        if config.keep == "all":
-            return item, np.ones(num_items, dtype=bool)
-        renumbered, old = interactions.renumber(item, num_items)
-        kept = np.zeros(num_items, dtype=bool)
-        kept[old] = True
-        return renumbered, kept
-
-    def _write_interactions(self, log: Log, labels: splits.Labels, user_keys: pa.Array) -> None:
-        folder = self.draft.path / "interactions"
-        folder.mkdir(exist_ok=True)
-        pairs: dict[Split, tuple[Ints, Ints]] = {}
-        for label, split in enumerate(SPLITS):
-            part = log.select(labels == label)
-            part = part.select(np.lexsort((part.item, part.user)))
-            pairs[split] = (part.user, part.item)
-            pq.write_table(_interaction_table(part), folder / f"{split}.parquet")
-            self.draft.counts[f"num_{split}"] = len(part)
-        splits.check_leakage(pairs)
-        users = pa.table([np.arange(len(user_keys)), user_keys], schema=schema.USERS)
-        pq.write_table(users, self.draft.path / "users.parquet")
-        self.draft.counts["num_users"] = len(user_keys)
-        self.draft.facts["interactions"] = dict(interactions.statistics(log))
+        return numbers
 
     def _shard_plan(self, config: DataPrepConfig) -> ShardPlan:
         rules = config.images
@@ -196,49 +241,31 @@ class _Preparation:
         return ShardPlan(
             artifact=self.draft.path.absolute(),
             work=self.draft.work.absolute(),
-            images=ImageRules.of(rules, root=locations.absolute(root)),
+            pictures=PictureRules(
+                images=ImageRules.of(rules, root=locations.absolute(root)),
+                revision=rules.revision,
+                read_threads=rules.read_threads,
+            ),
             text=TextRules(**dataclasses.asdict(config.text)),
-            read_threads=rules.read_threads,
+            base=self.base,
         )
 
-    def _make_shards(self, plan: ShardPlan, num_chunks: int, num_items: int) -> Tally:
-        """Run the shard tasks that are not done; return the statistics of all shards."""
-        done = [chunk for chunk in range(num_chunks) if plan.is_done(chunk)]
-        left = [chunk for chunk in range(num_chunks) if not plan.is_done(chunk)]
-        if done:
-            self.telemetry.say(f"resuming: {len(done)} of {num_chunks} shards are done")
-        summaries = [plan.read_done(chunk)["summary"] for chunk in done]
-        num_done = sum(summary["num_items"] for summary in summaries)
-        num_bad = sum(summary["num_bad_images"] for summary in summaries)
-        session = engine.session(self.config) if left else contextlib.nullcontext()
-        with session, self.telemetry.progress(num_items, "items", done=num_done) as bar:
+    def _make_shards(self, plan: ShardPlan, num_chunks: int, num_items: int) -> Packed:
+        def check(num_bad: int, num_done: int) -> None:
+            # Already too many for the whole catalogue: hours more would not change that.
+            if num_bad > self.config.max_bad_fraction * num_items:
+                done = packing.finished_chunks(plan, num_chunks)
+                packing.list_bad_pictures(plan, done, self.quarantine)
+                self._check("images", num_done, plan.pictures.images.root)
 
-            def finished(summary: dict[str, Any]) -> None:
-                nonlocal num_bad
-                num_bad += summary["num_bad_images"]
-                bar.update(summary["num_items"], note=f"{num_bad:,} bad pictures")
-                # Already too many for the whole catalogue: hours more would not change that.
-                if num_bad > self.config.max_bad_fraction * num_items:
-                    self._collect_bad_pictures(plan, num_chunks)
-                    self._check("images", bar.done, plan.images.root)
-
-            if left:
-                engine.run_shards(plan, left, num_cpus=self.config.num_cpus, finished=finished)
-        tally = Tally()
-        for chunk in range(num_chunks):
-            tally.merge(plan.read_done(chunk)["tally"])
-        return tally
-
-    def _join_parts(self, plan: ShardPlan, num_chunks: int) -> None:
-        """Join the shards' tables in item_index order."""
-        for name, kind in (("items", schema.ITEMS), ("samples", schema.SAMPLES)):
-            with pq.ParquetWriter(self.draft.path / f"{name}.parquet", kind) as writer:
-                for chunk in range(num_chunks):
-                    writer.write_table(pq.read_table(plan.part_path(chunk, name), schema=kind))
-
-    def _collect_bad_pictures(self, plan: ShardPlan, num_chunks: int) -> None:
-        for chunk in filter(plan.is_done, range(num_chunks)):
-            self.quarantine.add_file(plan.part_path(chunk, "quarantine"))
+        return packing.make_shards(
+            plan,
+            num_chunks,
+            num_items=num_items,
+            config=self.config,
+            telemetry=self.telemetry,
+            check=check,
+        )
 
     def _check(self, source: str, total: int, location: str) -> None:
         """Fail when too much of a source is bad, with the list where it outlives the run."""
@@ -255,15 +282,18 @@ class _Preparation:
             listed_in=listed_in,
         )
 
-    def _finish(self, tally: Tally, *, num_items: int, num_shards: int) -> None:
+    def _finish(self, tally: Tally, *, num_items: int, num_removed: int, num_shards: int) -> None:
         self.quarantine.write(self.draft.path / "quarantine.parquet")
         reasons = self.quarantine.reasons()
         has_text = pq.read_table(self.draft.path / "items.parquet", columns=["has_text"])
         self.draft.counts |= {
             "num_items": num_items,
+            "num_removed": num_removed,
             "num_shards": num_shards,
-            "num_without_image": num_items - tally.images,
-            "num_without_text": num_items - int(np.sum(has_text["has_text"].to_numpy())),
+            "num_without_image": num_items - num_removed - tally.images,
+            "num_without_text": num_items
+            - num_removed
+            - int(np.sum(has_text["has_text"].to_numpy())),
             "num_quarantined": sum(sum(counts.values()) for counts in reasons.values()),
         }
         self.draft.facts |= {**tally.facts(), "quarantine": reasons}
@@ -272,18 +302,8 @@ class _Preparation:
             self.telemetry.say(f"quarantine, {source}: {listed}")
 
 
-def _rows_of(is_good: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return the rows of the item table that hold the kept ones of its good items."""
-    rows = np.zeros_like(is_good)
-    rows[np.flatnonzero(is_good)[kept]] = True
+def _numbers_of_rows(is_good: npt.NDArray[np.bool_], numbers: Ints) -> Ints:
+    """Return the item_index of each row of the item table, -1 for rows that do not stay."""
+    rows = np.full(len(is_good), -1, dtype=np.int64)
+    rows[is_good] = numbers
     return rows
-
-
-def _interaction_table(log: Log) -> pa.Table:
-    columns = [
-        log.user,
-        log.item,
-        pa.array(log.rating, mask=np.isnan(log.rating)),
-        pa.array(log.timestamp, mask=~log.has_timestamp),
-    ]
-    return pa.table(columns, schema=schema.INTERACTIONS)

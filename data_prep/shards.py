@@ -1,39 +1,36 @@
 """One shard: a chunk of the catalogue in, a WebDataset tar and its tables out (one Ray task).
 
-A tar is a function of its samples alone: fixed times and owners in its headers, samples in
-item_index order, its name the beginning of its SHA-256. So any number of workers, and any number of
-attempts, write the same bytes.
+A chunk that is what it was in the version before shares that one's shard; in a chunk that changed,
+pictures that did not keep their bytes. Either way the bytes are those that a first run would write.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import tarfile
 import uuid
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignrec.artifacts import write_json
 from alignrec.data import schema
-from data_prep import images, texts
-from data_prep.fetching import Fetcher
-from data_prep.images import BadImage, ImageRules, Picture
-from data_prep.quarantine import make_table
+from data_prep import pictures, texts
+from data_prep.images import BadImage, Picture
+from data_prep.pictures import IMAGE_BYTES, Earlier, Loaded, PictureRules
+from data_prep.quarantine import clean_detail
+from data_prep.reuse import PICTURES, Base, Chunk, chunk_digest, open_base
 from data_prep.statistics import Tally
+from data_prep.tars import SHARDS, FinishedTar, Placed, TarWriter
 
-SHARDS = "shards"
 TITLE = "title"
+REMOVED = "removed"
 TEXT_PREFIX = "text:"  # keeps a text column called "title" or "image" apart from the fixed ones
-_NAME_DIGITS = 16
+TABLES = {"items": schema.ITEMS, "samples": schema.SAMPLES, "pictures": PICTURES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +49,16 @@ class ShardPlan:
     Attributes:
         artifact: folder of the draft, reachable from every host.
         work: folder of what must survive a kill.
+        pictures: how pictures are read and prepared.
+        text: how texts are made.
+        base: the version whose shards and pictures are used again where nothing changed.
     """
 
     artifact: Path
     work: Path
-    images: ImageRules
+    pictures: PictureRules
     text: TextRules
-    read_threads: int
+    base: Path | None = None
 
     def chunk_path(self, chunk: int) -> Path:
         """Return where the rows of a chunk lie."""
@@ -76,160 +76,210 @@ class ShardPlan:
         """Say whether the chunk's shard and tables are complete."""
         return self.done_path(chunk).exists()
 
-    def read_done(self, chunk: int) -> dict[str, Any]:
-        """Return what the mark of a finished chunk says: its summary and its tally."""
-        content: dict[str, Any] = json.loads(self.done_path(chunk).read_text())
-        return content
+    def read_done(self, chunk: int) -> tuple[Chunk, dict[str, Any]]:
+        """Return what the mark of a finished chunk says: the chunk and how it was made."""
+        content = json.loads(self.done_path(chunk).read_text())
+        return Chunk(**content["chunk"]), content["summary"]
 
+    def read_part(self, chunk: Chunk, table: str) -> pa.Table:
+        """Return a finished chunk's rows of a table of TABLES."""
+        path = self.part_path(chunk.chunk, table)
+        if path.exists():
+            return pq.read_table(path, schema=TABLES[table])
+        base = self.open_base()
+        assert base is not None, f"{path}: a finished chunk without its rows"
+        return base.rows(table, chunk.first_item, chunk.first_item + chunk.num_items)
 
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """Where a payload lies in the tar, in bytes."""
-
-    offset: int
-    size: int
-
-
-class TarWriter:
-    """Writes a tar that depends on nothing but the members given to it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._spare = folder / f".{uuid.uuid4().hex}.writing"
-        self._hash = hashlib.sha256()
-        self._position = 0
-
-    def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._spare.open("wb")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        self._spare.unlink(missing_ok=True)
-
-    def add(self, name: str, data: bytes) -> Placed:
-        """Append one member and return where its payload lies."""
-        header = tarfile.TarInfo(name)
-        header.size, header.mode, header.mtime = len(data), 0o644, 0
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        placed = Placed(self._position, len(data))
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return placed
-
-    def finish(self) -> str:
-        """End the tar, move it to the name made of its digest and return that name."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._position % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        name = f"{self._hash.hexdigest()[:_NAME_DIGITS]}.tar"
-        self._spare.replace(self._folder / name)
-        return name
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._position += len(data)
+    def open_base(self) -> Base | None:
+        """Return the tables of the version before."""
+        return None if self.base is None else open_base(self.base)
 
 
 def write_shard(row: Mapping[str, Any], plan: ShardPlan) -> dict[str, Any]:
-    """Make the shard of one chunk, unless that is done already.
+    """Make the shard of one chunk, or share that of the base, unless that is done already.
 
     Args:
         row: {"chunk": number of the chunk}.
         plan: what is the same for all chunks.
 
     Returns:
-        {"chunk", "num_items", "num_bad_images"}.
+        {"chunk", "num_items", "num_bad_images", "bad": reason -> number of new verdicts, "bytes",
+        "linked": the base's shard is shared, "kept" and "fetched": numbers of pictures, "damaged":
+        shards of the base that are not what their checksum says}.
     """
-    chunk = int(row["chunk"])
-    if not plan.is_done(chunk):
-        _write_shard(chunk, plan)
-    summary: dict[str, Any] = plan.read_done(chunk)["summary"]
-    return summary
+    number = int(row["chunk"])
+    if not plan.is_done(number):
+        rows = pq.read_table(plan.chunk_path(number))
+        sources = pictures.sources(rows, plan.pictures)
+        plan.done_path(number).parent.mkdir(parents=True, exist_ok=True)
+        damaged: list[str] = []
+        if not _share_chunk(number, rows, sources, plan, damaged):
+            _make_chunk(number, rows, sources, plan, damaged)
+    return plan.read_done(number)[1]
 
 
-def _write_shard(chunk: int, plan: ShardPlan) -> None:
-    rows = pq.read_table(plan.chunk_path(chunk)).to_pylist()
-    items: list[dict[str, Any]] = []
-    samples: list[dict[str, Any]] = []
-    bad: list[tuple[str, BadImage]] = []
-    tally = Tally()
+def _share_chunk(
+    number: int, rows: pa.Table, sources: list[str], plan: ShardPlan, damaged: list[str]
+) -> bool:
+    """Take the base's shard as it is, if it would become the same; say whether that was so."""
+    base = plan.open_base()
+    known = base and base.chunk(number)
+    if base is None or known is None or known.digest != _digest(rows, sources, plan):
+        return False
+    if known.shard and not _share_shard(base, known, plan.artifact / known.shard):
+        damaged.append(known.shard)
+        return False
+    _write_done(plan, known, linked=True)
+    return True
+
+
+def _share_shard(base: Base, known: Chunk, target: Path) -> bool:
+    """Give a shard of the base a second name, or copy it; False where it is damaged."""
+    source = base.folder / known.shard
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if source.stat().st_size != known.bytes:
+            return False
+        os.link(source, target)
+    except FileNotFoundError:
+        return False
+    except FileExistsError:
+        return True  # an attempt that was killed had come this far
+    except OSError:  # no hard links here, or too many of this file
+        content = pictures.read_verified(base, known.shard)
+        if content is None:
+            return False
+        with _replacing(target) as spare:
+            spare.write_bytes(content)
+    return True
+
+
+def _make_chunk(
+    number: int, rows: pa.Table, sources: list[str], plan: ShardPlan, damaged: list[str]
+) -> None:
+    """Write a chunk's shard and tables; pictures that did not change keep their bytes."""
+    listed = rows.to_pylist()
+    base = plan.open_base()
+    first, end = listed[0]["item_index"], listed[-1]["item_index"] + 1
+    earlier = None if base is None or not any(sources) else Earlier(base, first, end)
+    parts = _Parts()
     with TarWriter(plan.artifact / SHARDS) as tar:
-        for row, loaded in _with_pictures(rows, plan):
-            picture = loaded if isinstance(loaded, Picture) else None
-            if isinstance(loaded, BadImage):
-                bad.append((row["item_key"], loaded))
-            sample = _sample_text(row, plan.text)
-            samples.append(_add_sample(tar, row["item_index"], sample, picture))
-            items.append(_item_row(row, sample, picture))
-            tally.add(picture, sample["text"], declared=row["image"] is not None)
-        name = tar.finish()
-    for sample_row in samples:
-        sample_row |= {"shard": f"{SHARDS}/{name}", "image_source": ""}
-    tables = {
-        "items": pa.Table.from_pylist(items, schema.ITEMS),
-        "samples": pa.Table.from_pylist(samples, schema.SAMPLES),
-        "quarantine": make_table(
-            "images",
-            [key for key, _ in bad],
-            [verdict.reason for _, verdict in bad],
-            [verdict.detail for _, verdict in bad],
-        ),
-    }
-    plan.done_path(chunk).parent.mkdir(parents=True, exist_ok=True)
-    for table_name, table in tables.items():
-        _write_table(plan.part_path(chunk, table_name), table)
+        for row, loaded in zip(
+            listed, pictures.load(listed, sources, plan.pictures, earlier), strict=True
+        ):
+            parts.add(row, loaded, plan.text, tar)
+        shard = tar.finish() if parts.samples else FinishedTar("", 0, "")
+    for sample in parts.samples:
+        sample["shard"] = shard.path
+    for name, kind in TABLES.items():
+        with _replacing(plan.part_path(number, name)) as spare:
+            pq.write_table(pa.Table.from_pylist(getattr(parts, name), kind), spare)
+    recorded = {row["item_index"]: row["source"] for row in parts.pictures}
+    chunk = Chunk(
+        chunk=number,
+        digest=_digest(rows, [recorded.get(row["item_index"], "") for row in listed], plan),
+        first_item=first,
+        num_items=len(listed),
+        num_samples=len(parts.samples),
+        num_bad_images=sum(bool(row["reason"]) for row in parts.pictures),
+        shard=shard.path,
+        bytes=shard.size,
+        sha256=shard.sha256,
+        tally=json.dumps(dataclasses.asdict(parts.tally)),
+    )
+    damaged += earlier.damaged if earlier else []
+    _write_done(
+        plan,
+        chunk,
+        bad=dict(parts.bad),
+        kept=parts.num_kept,
+        fetched=len(parts.pictures) - parts.num_kept,
+        damaged=damaged,
+    )
+
+
+def _digest(rows: pa.Table, sources: list[str], plan: ShardPlan) -> str:
+    rules = dataclasses.asdict(plan.text)
+    return chunk_digest(rows.drop_columns([IMAGE_BYTES]), sources, [rules])
+
+
+def _write_done(
+    plan: ShardPlan,
+    chunk: Chunk,
+    *,
+    linked: bool = False,
+    bad: Mapping[str, int] | None = None,
+    kept: int = 0,
+    fetched: int = 0,
+    damaged: list[str] | None = None,
+) -> None:
     summary = {
-        "chunk": chunk,
-        "num_items": len(items),
-        "num_bad_images": len(bad),
+        "chunk": chunk.chunk,
+        "num_items": chunk.num_items,
+        "num_bad_images": chunk.num_bad_images,
+        "bad": dict(bad or {}),
+        "bytes": chunk.bytes,
+        "linked": linked,
+        "kept": kept,
+        "fetched": fetched,
+        "damaged": damaged or [],
     }
-    write_json(plan.done_path(chunk), {"summary": summary, "tally": dataclasses.asdict(tally)})
+    content = {"summary": summary, "chunk": dataclasses.asdict(chunk)}
+    write_json(plan.done_path(chunk.chunk), content)
 
 
-def _with_pictures(
-    rows: list[dict[str, Any]], plan: ShardPlan
-) -> Iterator[tuple[dict[str, Any], Picture | BadImage | None]]:
-    """Yield every row with its picture; files are read ahead, decoding is on this thread."""
-    with Fetcher(plan.images) as fetcher, ThreadPoolExecutor(plan.read_threads) as pool:
-        waiting: deque[Future[bytes | BadImage | None]] = deque()
-        ahead = iter(rows)
+@dataclasses.dataclass
+class _Parts:
+    """A chunk's rows of the tables, while its shard is written."""
 
-        def read_next() -> None:
-            row = next(ahead, None)
-            if row is not None:
-                waiting.append(pool.submit(_read, row["image"], fetcher))
+    items: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    pictures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    tally: Tally = dataclasses.field(default_factory=Tally)
+    bad: Counter[str] = dataclasses.field(default_factory=Counter)
+    num_kept: int = 0
 
-        for _ in range(2 * plan.read_threads):
-            read_next()
-        for row in rows:
-            data = waiting.popleft().result()
-            read_next()
-            yield row, _prepared(data, plan.images) if isinstance(data, bytes) else data
+    def add(self, row: Mapping[str, Any], loaded: Loaded, rules: TextRules, tar: TarWriter) -> None:
+        """Add one item; a removed one has a row and nothing else."""
+        if row[REMOVED]:
+            self.items.append(_removed_row(row))
+            return
+        picture = loaded.verdict if isinstance(loaded.verdict, Picture) else None
+        document = _sample_text(row, rules)
+        self.samples.append(_add_sample(tar, row["item_index"], document, picture))
+        self.items.append(_item_row(row, document, picture))
+        self.tally.add(picture, document["text"], declared=loaded.verdict is not None)
+        if loaded.verdict is not None:
+            picture_row = _picture_row(loaded.verdict)
+            picture_row |= {"item_index": row["item_index"], "source": loaded.source}
+            self.pictures.append(picture_row)
+            self.num_kept += loaded.is_kept
+        if isinstance(loaded.verdict, BadImage) and not loaded.is_kept:
+            self.bad[loaded.verdict.reason.value] += 1
 
 
-def _read(reference: str | None, fetcher: Fetcher) -> bytes | BadImage | None:
-    if reference is None:
-        return None
-    try:
-        return fetcher.read(reference)
-    except BadImage as verdict:
-        return verdict
+def _picture_row(verdict: Picture | BadImage) -> dict[str, Any]:
+    bad = isinstance(verdict, BadImage)
+    return {
+        "width": 0 if bad else verdict.width,
+        "height": 0 if bad else verdict.height,
+        "kept": False if bad else verdict.kept,
+        "animated": False if bad else verdict.animated,
+        "reason": verdict.reason.value if bad else "",
+        "detail": clean_detail(verdict.detail) if bad else "",
+    }
 
 
-def _prepared(data: bytes, rules: ImageRules) -> Picture | BadImage:
-    try:
-        return images.prepare(data, rules)
-    except BadImage as verdict:
-        return verdict
+def _removed_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "item_index": row["item_index"],
+        "item_key": row["item_key"],
+        "title": "",
+        "text": "",
+        "has_image": False,
+        "has_text": False,
+        "removed": True,
+    }
 
 
 def _sample_text(row: Mapping[str, Any], rules: TextRules) -> dict[str, Any]:
@@ -280,9 +330,11 @@ def _item_row(
     }
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to; it becomes ``path`` when the block ends without an exception."""
     spare = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
     with contextlib.ExitStack() as stack:
         stack.callback(spare.unlink, missing_ok=True)
-        pq.write_table(table, spare)
+        yield spare
         spare.replace(path)

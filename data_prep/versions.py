@@ -178,7 +178,7 @@ def _make_latest(version: Path) -> None:
 
 
 def _says_the_same(one: Manifest, other: Manifest) -> bool:
-    return (one.identity, one.fingerprint) == (other.identity, other.fingerprint)
+    return (one.files, one.fingerprint) == (other.files, other.fingerprint)
 
 
 def _is_number(name: str) -> bool:

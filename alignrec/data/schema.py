@@ -47,7 +47,6 @@ SAMPLES = pa.schema(
         pa.field("image_bytes", pa.int64(), nullable=False),
         pa.field("json_offset", pa.int64(), nullable=False),
         pa.field("json_bytes", pa.int64(), nullable=False),
-        pa.field("image_source", pa.string(), nullable=False),
     ]
 )
 QUARANTINE = pa.schema(

@@ -173,7 +173,7 @@ def _write_shards(
         content, offsets = _tar(samples[start : start + samples_per_shard])
         name = f"shards/{hashlib.sha256(content).hexdigest()[:16]}.tar"
         (folder / name).write_bytes(content)
-        rows += [{"shard": name, "image_source": "", **row} for row in offsets]
+        rows += [{"shard": name, **row} for row in offsets]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema.SAMPLES), folder / "samples.parquet")
     return len(starts)
 

@@ -1,6 +1,5 @@
 """Shards: every item once, exact offsets, equal bytes, finished shards are not made again."""
 
-import dataclasses
 import io
 import json
 import tarfile
@@ -13,15 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from alignrec.data import schema
 from data_prep import catalogue, locations, shards
 from data_prep.config import ImagesConfig, ItemColumns
 from data_prep.images import ImageRules
+from data_prep.locations import RawFile
+from data_prep.pictures import PictureRules
 from data_prep.quarantine import Quarantine
 from data_prep.shards import ShardPlan, TextRules
+from data_prep.tars import TarWriter
 
 NUM_ITEMS = 23
 COLUMNS = ItemColumns(text=("title", "brand"))
+NOTHING_REMOVED = pa.table(
+    {"item_index": pa.array([], pa.int64()), "item_key": pa.array([], pa.string())}
+)
 
 
 @pytest.fixture
@@ -51,20 +55,31 @@ def raw(tmp_path: Path) -> Path:
     return folder
 
 
-def make_plan(raw: Path, folder: Path) -> ShardPlan:
-    defaults = ImagesConfig()
-    names = {field.name for field in dataclasses.fields(ImageRules)} - {"root"}
-    rules = ImageRules(root=str(raw), **{n: getattr(defaults, n) for n in sorted(names)})
-    return ShardPlan(folder, folder / "work", rules, TextRules(" | ", 300, 2000), read_threads=3)
+def make_plan(raw: Path, folder: Path, base: Path | None = None) -> ShardPlan:
+    rules = PictureRules(ImageRules.of(ImagesConfig(), root=str(raw)), "", read_threads=3)
+    return ShardPlan(folder, folder / "work", rules, TextRules(" | ", 300, 2000), base)
+
+
+def write_chunks(
+    files: list[RawFile],
+    plan: ShardPlan,
+    numbers: Any,
+    *,
+    max_rows: int,
+    removed: pa.Table = NOTHING_REMOVED,
+) -> int:
+    return catalogue.write_chunks(
+        files, COLUMNS, numbers=numbers, removed=removed,
+        folder=plan.chunk_path(0).parent, max_rows=max_rows,
+    )  # fmt: skip
 
 
 def prepare(raw: Path, folder: Path, *, max_rows: int) -> ShardPlan:
     plan = make_plan(raw, folder)
     files = locations.find([str(raw / "items.parquet")])
     keys = catalogue.read_keys(files, COLUMNS, Quarantine())
-    num_chunks = catalogue.write_chunks(
-        files, COLUMNS, is_item=keys.is_good, folder=plan.chunk_path(0).parent, max_rows=max_rows
-    )
+    numbers = catalogue.Numbering.of(keys.good).assign(np.ones(len(keys.good), dtype=bool))
+    num_chunks = write_chunks(files, plan, numbers, max_rows=max_rows)
     for chunk in range(num_chunks):
         shards.write_shard({"chunk": chunk}, plan)
     return plan
@@ -107,7 +122,7 @@ def test_sample_text_and_item_rows(raw: Path, tmp_path: Path) -> None:
     items = parts(plan, "items")
     assert items[3] == {
         "item_index": 3, "item_key": "k3", "title": "Title & 3", "text": "Title & 3",
-        "has_image": True, "has_text": True,
+        "has_image": True, "has_text": True, "removed": False,
     }  # fmt: skip
     assert not items[9]["has_text"]
     sample = parts(plan, "samples")[3]
@@ -121,10 +136,11 @@ def test_sample_text_and_item_rows(raw: Path, tmp_path: Path) -> None:
 
 def test_bad_pictures_are_listed_and_their_items_stay(raw: Path, tmp_path: Path) -> None:
     plan = prepare(raw, tmp_path / "out", max_rows=7)
-    listed = {(row["source"], row["key"], row["reason"]) for row in parts(plan, "quarantine")}
-    assert listed == {
-        ("images", "k4", "image_unknown_format"), ("images", "k7", "image_missing"),
+    verdicts = {row["item_index"]: row["reason"] for row in parts(plan, "pictures")}
+    assert {index: reason for index, reason in verdicts.items() if reason} == {
+        4: "image_unknown_format", 7: "image_missing",
     }  # fmt: skip
+    assert verdicts.keys() == set(range(NUM_ITEMS)) - {9}
     without = [row["item_index"] for row in parts(plan, "items") if not row["has_image"]]
     assert without == [4, 7, 9]
 
@@ -153,10 +169,7 @@ def test_a_shard_killed_half_way_leaves_nothing_behind(
 ) -> None:
     plan = make_plan(raw, tmp_path / "out")
     files = locations.find([str(raw / "items.parquet")])
-    is_item = np.ones(NUM_ITEMS, dtype=bool)
-    catalogue.write_chunks(
-        files, COLUMNS, is_item=is_item, folder=plan.chunk_path(0).parent, max_rows=100
-    )
+    write_chunks(files, plan, np.arange(NUM_ITEMS), max_rows=100)
     monkeypatch.setattr(shards, "_item_row", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shards.write_shard({"chunk": 0}, plan)
@@ -165,7 +178,7 @@ def test_a_shard_killed_half_way_leaves_nothing_behind(
 
 
 def test_a_torn_tar_has_the_name_that_publishing_drops(tmp_path: Path) -> None:
-    with shards.TarWriter(tmp_path) as tar:
+    with TarWriter(tmp_path) as tar:
         tar.add("a.json", b"{}")
         torn = list(tmp_path.iterdir())  # what a killed worker leaves
         assert torn == list(tmp_path.glob(".*.writing"))
@@ -173,8 +186,7 @@ def test_a_torn_tar_has_the_name_that_publishing_drops(tmp_path: Path) -> None:
 
 def test_tables_have_the_schema_of_the_contract(raw: Path, tmp_path: Path) -> None:
     plan = prepare(raw, tmp_path / "out", max_rows=100)
-    kinds = {"items": schema.ITEMS, "samples": schema.SAMPLES, "quarantine": schema.QUARANTINE}
-    for name, kind in kinds.items():
+    for name, kind in shards.TABLES.items():
         assert pq.read_schema(plan.part_path(0, name)).equals(kind)
 
 

@@ -1,0 +1,84 @@
+"""Tars whose bytes and names depend on their members alone (shards -> artifact).
+
+Fixed times and owners in the headers, members in the order given, the name the beginning of the
+SHA-256. So any number of workers, and any number of attempts, write the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import os
+import tarfile
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+SHARDS = "shards"
+_NAME_DIGITS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where a payload lies in the tar, in bytes."""
+
+    offset: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedTar:
+    """A complete shard: its path in the artifact, its size in bytes and its checksum."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class TarWriter:
+    """Writes a tar that depends on nothing but the members given to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._spare = folder / f".{uuid.uuid4().hex}.writing"
+        self._hash = hashlib.sha256()
+        self._position = 0
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._spare.open("wb")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._spare.unlink(missing_ok=True)
+
+    def add(self, name: str, data: bytes) -> Placed:
+        """Append one member and return where its payload lies."""
+        header = tarfile.TarInfo(name)
+        header.size, header.mode, header.mtime = len(data), 0o644, 0
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        placed = Placed(self._position, len(data))
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return placed
+
+    def finish(self) -> "FinishedTar":
+        """End the tar and move it to the name made of its digest."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self._position % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        sha256 = self._hash.hexdigest()
+        name = f"{sha256[:_NAME_DIGITS]}.tar"
+        self._spare.replace(self._folder / name)
+        return FinishedTar(f"{SHARDS}/{name}", self._position, sha256)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._position += len(data)
