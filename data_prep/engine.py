@@ -1,18 +1,29 @@
-"""Ray: a session of its own or the cluster's, and shard tasks as a Ray Data job (driver only)."""
+"""Ray: a session of its own or the cluster's, and the tasks that run in it (driver only)."""
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from alignrec.errors import StageFailure, UserError
 from alignrec.ray_token import ensure_token
+from alignrec.telemetry import Telemetry
 from data_prep.config import DataPrepConfig
 from data_prep.shards import ShardPlan, write_shard
+
+Input = TypeVar("Input")
+Plan = TypeVar("Plan")
+Result = TypeVar("Result")
 
 # Ray warns of what is meant (no bars, token authentication is on), and prints a failed task's
 # stack beside the exception that says the same.
@@ -36,6 +47,8 @@ _ENVIRONMENT_OF_OWN = {
 _LOOPBACK = "127.0.0.1"
 _LOOPBACKS = (_LOOPBACK, "localhost")
 _PROBE_SECONDS = 5.0
+_ATTEMPTS = 20  # of a task whose worker or host dies
+_TASKS_PER_CPU = 2  # sent ahead, so that no CPU waits for the driver
 
 # A line such as "OSError: [Errno 28] No space left on device"; Ray's own have a dotted name.
 _EXCEPTION = re.compile(r"[A-Z]\w*(Error|Exception|Interrupt|Exit): ")
@@ -104,6 +117,153 @@ def run_shards(
             f"a shard task failed: {_cause(error)}. Finished shards are kept: correct the cause "
             f"and run the same command again."
         ) from error
+
+
+def run_tasks(
+    function: Callable[[Input], Result],
+    inputs: Sequence[Input],
+    *,
+    config: DataPrepConfig,
+    what: str,
+    finished: Callable[[Result], None] = lambda _: None,
+) -> None:
+    """Call a function with each input: as Ray tasks where several can run at once, else right here.
+
+    A task whose worker or host dies is tried again, so calling the function twice must do no harm.
+
+    Args:
+        function: importable function, or a partial of one.
+        inputs: what the calls differ in.
+        config: how Ray is started where none is there, and how many CPUs are used.
+        what: plural noun for messages, e.g. "buckets of the log".
+        finished: called with each result as soon as it is there, in any order.
+
+    Raises:
+        UserError, StageFailure: a call raised it.
+        StageFailure: a call failed otherwise, or its worker died again and again.
+    """
+    if not in_parallel(len(inputs), config):
+        for value in inputs:
+            finished(function(value))
+        return
+    with session(config):
+        _run_in_ray(function, inputs, config.num_cpus, what, finished)
+
+
+def in_parallel(num_inputs: int, config: DataPrepConfig) -> bool:
+    """Return whether ``run_tasks`` needs Ray for so many inputs."""
+    return num_inputs > 1 and config.num_cpus != 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Runs units of work that are not done yet, and shows how far it is.
+
+    Attributes:
+        config: see ``run_tasks``.
+        telemetry: shows the progress.
+    """
+
+    config: DataPrepConfig
+    telemetry: Telemetry
+
+    def run(
+        self,
+        function: Callable[[Input, Plan], Any],
+        inputs: Sequence[Input],
+        plan: Plan,
+        *,
+        unit: Callable[[Input], Path],
+        what: str,
+        note: str = "",
+    ) -> None:
+        """Call ``function(input, plan)`` for every input whose unit is not there.
+
+        Args:
+            function: importable function that writes the unit.
+            inputs: what the units are made of.
+            plan: what they share.
+            unit: where each is written; it appears when it is complete.
+            what: plural noun for the progress, e.g. "buckets".
+            note: shown beside the progress.
+        """
+        left = [value for value in inputs if not unit(value).is_dir()]
+        if not left:
+            return
+        done = len(inputs) - len(left)
+        call = functools.partial(_call_with_plan, function=function, plan=plan)
+        with self.telemetry.progress(len(inputs), what, done=done) as bar:
+
+            def count(_: Any) -> None:  # noqa: ANN401 - what the function returns
+                bar.update(note=note)
+
+            run_tasks(call, left, config=self.config, what=what, finished=count)
+
+    def total(
+        self,
+        function: Callable[[Input, Plan], npt.NDArray[np.int64]],
+        inputs: Sequence[Input],
+        plan: Plan,
+        *,
+        what: str,
+    ) -> npt.NDArray[np.int64]:
+        """Return the sum of ``function(input, plan)`` over the inputs, at least one."""
+        call = functools.partial(_call_with_plan, function=function, plan=plan)
+        sums: list[npt.NDArray[np.int64]] = []
+
+        def add(result: npt.NDArray[np.int64]) -> None:
+            sums[:] = [result + sums[0] if sums else result]
+
+        run_tasks(call, inputs, config=self.config, what=what, finished=add)
+        return sums[0]
+
+
+def _call_with_plan(value: Any, *, function: Callable[..., Any], plan: Any) -> Any:  # noqa: ANN401
+    return function(value, plan)
+
+
+def _run_in_ray(
+    function: Callable[[Input], Result],
+    inputs: Sequence[Input],
+    num_cpus: int | None,
+    what: str,
+    finished: Callable[[Result], None],
+) -> None:
+    import ray
+
+    remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS)(_apply)
+    shared = ray.put(function)
+    num_ahead = num_cpus or _TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
+    left = iter(inputs)
+    waiting: list[Any] = []
+    try:
+        while True:
+            num_free = num_ahead - len(waiting)
+            waiting += [remote.remote(shared, value) for value in itertools.islice(left, num_free)]
+            if not waiting:
+                return
+            ready, waiting = ray.wait(waiting, num_returns=1)
+            finished(ray.get(ready[0]))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (UserError, StageFailure)):
+            raise error.cause from None
+        raise _task_failed(what, error) from error
+    except ray.exceptions.RayError as error:
+        raise _task_failed(what, error) from error
+    finally:
+        for task in waiting:
+            ray.cancel(task)
+
+
+def _apply(function: Callable[[Input], Result], value: Input) -> Result:
+    return function(value)
+
+
+def _task_failed(what: str, error: Exception) -> StageFailure:
+    return StageFailure(
+        f"a task on {what} failed: {_cause(error)}. Finished work is kept: correct the cause and "
+        f"run the same command again."
+    )
 
 
 def _cause(error: Exception) -> str:

@@ -1,362 +1,378 @@
-"""Interaction log in, cleaned columns of numbers out (sources -> splits).
+"""Interaction log in, users and interactions of the artifact out, in bounded memory.
 
-Everything is array arithmetic over columns: no Python per interaction.
+``clean`` reads the log and decides which rows stay and in which split; ``write`` numbers the users
+and writes the files. Between the two the caller decides which items get which item_index. The log
+lies in buckets of users below a work folder, and every step is made of units that a killed run does
+not make again; no result depends on the number of buckets or of workers.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from alignrec.data import schema
 from alignrec.errors import UserError
-from data_prep.catalogue import MAX_KEY_BYTES, invalid_keys, missing_keys, row_details
-from data_prep.config import InteractionColumns, InteractionsConfig
-from data_prep.locations import RawFile
-from data_prep.quarantine import Quarantine, Reason
-from data_prep.tables import Columns, MalformedRow, read_batches
+from alignrec.telemetry import Telemetry
+from data_prep import buckets, engine, labelling, log, units
+from data_prep.buckets import BucketPlan
+from data_prep.config import TIME_STRATEGIES, DataPrepConfig
+from data_prep.core import Core, find_core
+from data_prep.engine import Tasks
+from data_prep.hashing import bucket_of, hash_keys
+from data_prep.interaction_files import InteractionFiles, LabelledRows, user_ranges
+from data_prep.labelling import LabelledBucket, LabelPlan
+from data_prep.locations import Piece, RawFile
+from data_prep.log import LogPlan
+from data_prep.quarantine import Quarantine
+from data_prep.tables import Columns, check_columns, pieces
+from data_prep.values import Bools, Ints
 
-SETTING = "data_prep.interactions.columns"
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
-_WHOLE = r"^\s*(?P<whole>-?[0-8]?\d{1,18})(?:\.0*)?\s*$"  # what int64 surely holds
-_DATE = (
-    r"^\s*(?P<day>\d{4}-\d{2}-\d{2})"
-    r"(?:[T ](?P<time>\d{2}:\d{2}:\d{2})(?:\.\d+)?(?P<zone>Z|[+-]\d{2}:?\d{2})?)?\s*$"
-)
-_MAX_RATING = 1e9
-_MAX_TIME = 2.0**62
+_PIECE_BYTES = 32 << 20
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Log:
-    """Interactions as numbers, in the order of the log.
+class Cleaned:
+    """The cleaned log, in buckets on disk.
 
     Attributes:
-        user: (n,) number of the user, in the order of users' first rows.
-        item: (n,) number of the item in the catalogue.
-        rating: (n,) NaN where unknown.
-        timestamp: (n,) seconds, or the log's own numbers; meaningless where ``has_timestamp`` is
-            False.
-        has_timestamp: (n,)
+        interacted: (num_items,) items of the catalogue that an interaction is left of.
+        num_rows: rows of the log, good and bad.
+        facts: what each step dropped, and how popular items are.
+        plan: where the buckets are.
     """
 
-    user: Ints
-    item: Ints
-    rating: npt.NDArray[np.float32]
-    timestamp: Ints
-    has_timestamp: Bools
-
-    def __len__(self) -> int:
-        return len(self.user)
-
-    def select(self, rows: Ints | Bools) -> "Log":
-        """Return the given rows."""
-        fields = dataclasses.fields(self)
-        return Log(**{field.name: getattr(self, field.name)[rows] for field in fields})
+    interacted: Bools
+    num_rows: int
+    facts: dict[str, Any]
+    plan: LabelPlan
 
 
 @dataclasses.dataclass(frozen=True)
-class RawLog:
-    """The columns of the log as they were read.
+class Written:
+    """What ``write`` wrote.
 
     Attributes:
-        rating: null when the log has no ratings.
-        timestamp: null when the log has no times.
-        num_malformed: rows that could not be parsed.
+        counts: num_users, num_train, num_valid, num_test.
+        facts: how active users are, and what ``clean`` dropped.
     """
 
-    user: pa.Array
-    item: pa.Array
-    rating: pa.ChunkedArray | None
-    timestamp: pa.ChunkedArray | None
-    num_malformed: int
-
-    def __len__(self) -> int:
-        return len(self.user)
+    counts: dict[str, int]
+    facts: dict[str, Any]
 
 
-def read_log(
-    files: Sequence[RawFile], columns: InteractionColumns, quarantine: Quarantine
-) -> RawLog:
-    """Read the mapped columns of the log.
+def clean(
+    files: Sequence[RawFile],
+    config: DataPrepConfig,
+    item_keys: pa.Array,
+    *,
+    quarantine: Quarantine,
+    work: Path,
+    telemetry: Telemetry,
+    check: Callable[[int], None] = lambda _: None,
+) -> Cleaned:
+    """Read the log, drop what cannot be used or is not wanted, and split what is left.
+
+    Args:
+        files: the log.
+        config: columns, cleaning, split, and how many CPUs are used.
+        item_keys: key of every item of the catalogue.
+        quarantine: receives the unusable rows.
+        work: folder that survives a kill; the buckets stay there until ``write``.
+        telemetry: shows the progress.
+        check: called with the number of rows when all unusable ones are in quarantine; raises to
+            stop.
 
     Raises:
-        UserError: the log is empty, unreadable or lacks a column.
+        UserError: the log is empty or unreadable, lacks a column, or nothing is left of it.
     """
-    numbers = tuple(name for name in (columns.rating, columns.timestamp) if name is not None)
-    wanted = Columns(SETTING, text=(columns.user, columns.item), other=numbers)
-    malformed: list[MalformedRow] = []
-    batches = list(read_batches(files, wanted, malformed))
-    quarantine.add(
-        "interactions", ((row.where, Reason.MALFORMED_ROW, row.detail) for row in malformed)
+    num_buckets = -(-max(log.estimate_rows(files), 1) // config.interactions.rows_per_task)
+    # What a run with other buckets or items left is of no use to this one.
+    state = hashlib.blake2b(hash_keys(item_keys).tobytes(), digest_size=8).hexdigest()
+    folder = work / f"interactions-{num_buckets}-{state}"
+    folder.mkdir(parents=True, exist_ok=True)
+    units.save_strings(folder / "item_keys.arrow", item_keys)
+    log_plan = LogPlan(
+        columns=config.interactions.columns,
+        item_keys=folder / "item_keys.arrow",
+        num_buckets=num_buckets,
+        need_timestamps=config.split.strategy in TIME_STRATEGIES,
+        drop_unknown_items=config.interactions.unknown_items == "drop",
+        name_files=len(files) > 1,
+        folder=folder / "log",
     )
-    if not sum(map(len, batches)):
+    parts = list(enumerate(pieces(files, max_bytes=_PIECE_BYTES)))
+    tasks = Tasks(config, telemetry)
+    uses_ray = engine.in_parallel(max(len(parts), num_buckets), config)
+    with engine.session(config) if uses_ray else contextlib.nullcontext():
+        facts = _read(files, parts, log_plan, quarantine, tasks)
+        check(facts["rows"])
+        plan = BucketPlan(
+            log=log_plan,
+            num_pieces=len(parts),
+            num_items=len(item_keys),
+            config=config.interactions,
+            folder=folder / "buckets",
+        )
+        numbers = range(num_buckets)
+        tasks.run(buckets.compact, numbers, plan, unit=plan.unit, what="log buckets")
+        core = find_core(plan, folder / "core", tasks)
+        facts |= _dropped(plan, core, facts["usable"])
+        label_plan = LabelPlan(
+            buckets=plan, split=config.split, cuts=None, shared=folder / "shared",
+            folder=folder / "labelled",
+        )  # fmt: skip
+        labelling.save_shared(label_plan.shared, core.alive, item_keys)
+        if config.split.strategy == "global_time":
+            cuts = labelling.find_cuts(label_plan, facts["left"], tasks)
+            label_plan = dataclasses.replace(label_plan, cuts=cuts)
+        tasks.run(labelling.label, numbers, label_plan, unit=label_plan.unit, what="split buckets")
+    facts["per_item"] = _distribution(core.item_counts)
+    return Cleaned(core.item_counts > 0, facts["rows"], facts, label_plan)
+
+
+def write(
+    cleaned: Cleaned,
+    *,
+    item_index: Ints,
+    base_user_keys: pa.Array | None = None,
+    folder: Path,
+    telemetry: Telemetry | None = None,
+) -> Written:
+    """Number the users and write ``users.parquet`` and ``interactions/*.parquet``.
+
+    Args:
+        cleaned: the log.
+        item_index: (num_items,) by position in the catalogue; -1: the item is not kept.
+        base_user_keys: users of the version before in user_index order: they keep their numbers,
+            also without interactions now. New ones follow in the order of their first usable rows.
+        folder: draft of the artifact.
+        telemetry: shows the progress.
+
+    Raises:
+        UserError: an interaction is in two splits.
+    """
+    plan = cleaned.plan
+    opened = [
+        LabelledBucket.open(plan.unit(bucket)) for bucket in range(plan.buckets.log.num_buckets)
+    ]
+    base = pa.array([], pa.string()) if base_user_keys is None else base_user_keys
+    user_index, num_users = _number_users(opened, base)
+    num_rows = np.zeros(num_users, dtype=np.int64)
+    for bucket, index in zip(opened, user_index, strict=True):
+        num_rows[index] = np.diff(bucket.start)
+    numbered = [_Numbered.of(*pair) for pair in zip(opened, user_index, strict=True)]
+    show = contextlib.nullcontext() if telemetry is None else telemetry.progress(
+        int(num_rows.sum()), "interactions"
+    )  # fmt: skip
+    with (
+        show as bar,
+        InteractionFiles(folder) as files,
+        pq.ParquetWriter(folder / "users.parquet", schema.USERS) as users,
+    ):
+        for begin, end in user_ranges(num_rows):
+            rows = _rows_of_range(numbered, begin, end, item_index)
+            files.add(rows)
+            keys = _keys_of_range(numbered, base, begin, end)
+            users.write_table(pa.table([np.arange(begin, end), keys], schema=schema.USERS))
+            if bar is not None:
+                bar.update(len(rows))
+    facts = {**cleaned.facts, "per_user": _distribution(num_rows)}
+    return Written({"num_users": num_users, **files.counts}, facts)
+
+
+def write_imported(rows: LabelledRows, *, num_users: int, folder: Path) -> Written:
+    """Write interactions that came with their numbers and splits; a user's key is its number.
+
+    Args:
+        rows: all interactions, in any order.
+        num_users: one more than the largest user_index.
+        folder: draft of the artifact.
+
+    Raises:
+        UserError: an interaction is in two splits.
+    """
+    rows = rows.select(np.argsort(rows.user, kind="stable"))
+    num_rows = np.bincount(rows.user, minlength=num_users)
+    start = np.concatenate([[0], np.cumsum(num_rows)])
+    with (
+        InteractionFiles(folder) as files,
+        pq.ParquetWriter(folder / "users.parquet", schema.USERS) as users,
+    ):
+        for begin, end in user_ranges(num_rows):
+            files.add(rows.select(np.arange(start[begin], start[end])))
+            index = pa.array(np.arange(begin, end))
+            users.write_table(pa.table([index, index.cast(pa.string())], schema=schema.USERS))
+    facts = {
+        "left": len(rows),
+        "per_user": _distribution(num_rows),
+        "per_item": _distribution(np.bincount(rows.item)),
+    }
+    return Written({"num_users": num_users, **files.counts}, facts)
+
+
+def _read(
+    files: Sequence[RawFile],
+    parts: Sequence[tuple[int, Piece]],
+    plan: LogPlan,
+    quarantine: Quarantine,
+    tasks: Tasks,
+) -> dict[str, Any]:
+    """Scatter the log; return how many rows there are and how many of them are usable.
+
+    Raises:
+        UserError: the log is empty.
+    """
+    optional = (plan.columns.rating, plan.columns.timestamp)
+    check_columns(
+        files,
+        Columns(
+            log.SETTING,
+            text=(plan.columns.user, plan.columns.item),
+            other=tuple(name for name in optional if name is not None),
+        ),
+    )
+    tasks.run(
+        log.scatter, parts, plan, unit=lambda part: plan.unit(part[0]), what="log pieces"
+    )
+    facts = {"rows": 0, "usable": 0, "unknown_items_dropped": 0}
+    for number, _ in parts:
+        unit = plan.unit(number)
+        of_piece = log.read_facts(unit)
+        for name in facts:
+            facts[name] += of_piece[name]
+        listed = of_piece["quarantined"]
+        quarantine.add_file(unit / "quarantine.parquet", {log.SOURCE: listed} if listed else {})
+    if not facts["rows"]:
         raise UserError(
             f"the interaction log {', '.join(file.url for file in files)} is empty: there is "
             f"nothing to learn from. Check data_prep.interactions.path."
         )
-    return RawLog(
-        user=_joined(batches, columns.user).cast(pa.string()).combine_chunks(),
-        item=_joined(batches, columns.item).cast(pa.string()).combine_chunks(),
-        rating=_joined(batches, columns.rating) if columns.rating else None,
-        timestamp=_joined(batches, columns.timestamp) if columns.timestamp else None,
-        num_malformed=len(malformed),
-    )
+    return facts
 
 
-def encode(
-    raw: RawLog, item_keys: pa.Array, quarantine: Quarantine, *, need_timestamps: bool
-) -> tuple[Log, pa.Array]:
-    """Turn keys into numbers; rows that cannot be used go to quarantine.
-
-    Args:
-        raw: the log.
-        item_keys: key of every item, by its number in the catalogue.
-        quarantine: receives the unusable rows.
-        need_timestamps: a row without a time is unusable.
-
-    Returns:
-        The usable rows, and the key of every user by number.
-    """
-    rating, bad_rating = to_ratings(raw.rating, len(raw))
-    timestamp, has_timestamp, bad_timestamp = to_timestamps(raw.timestamp, len(raw))
-    if need_timestamps:
-        bad_timestamp = bad_timestamp | ~has_timestamp
-    item = pc.index_in(raw.item, value_set=item_keys)
-    known = item.is_valid().to_numpy(zero_copy_only=False)
-    missing_user = missing_keys(raw.user)
-    missing_item = missing_keys(raw.item)
-    good = _quarantine_rows(
-        raw,
-        quarantine,
-        (
-            (missing_user, Reason.MISSING_USER),
-            (invalid_keys(raw.user), Reason.INVALID_KEY),
-            (missing_item, Reason.MISSING_ITEM),
-            (~known, Reason.UNKNOWN_ITEM),
-            (bad_rating, Reason.BAD_RATING),
-            (bad_timestamp, Reason.BAD_TIMESTAMP),
-        ),
-    )
-    users = raw.user.filter(pa.array(good)).dictionary_encode()
-    log = Log(
-        user=users.indices.to_numpy().astype(np.int64),
-        item=item.fill_null(-1).to_numpy().astype(np.int64)[good],
-        rating=rating[good],
-        timestamp=timestamp[good],
-        has_timestamp=has_timestamp[good],
-    )
-    return log, users.dictionary
-
-
-def clean(log: Log, config: InteractionsConfig) -> tuple[Log, dict[str, int]]:
-    """Apply the rating threshold, drop repeated pairs, and keep the k-core.
-
-    Returns:
-        What is left, in the order of the log, and how many rows each step dropped.
+def _dropped(plan: BucketPlan, core: Core, usable: int) -> dict[str, int]:
+    """Return how many rows each step dropped and how many are left.
 
     Raises:
-        UserError: nothing is left.
+        UserError: none.
     """
-    rows = {"usable": len(log)}
-    if config.min_rating is not None:
-        log = log.select(log.rating >= config.min_rating)  # NaN compares False: unrated rows go
-    rows["below_min_rating"] = rows["usable"] - len(log)
-    kept = log.select(distinct_pairs(log, keep=config.duplicates))
-    rows["repeated"] = len(log) - len(kept)
-    core = kept.select(
-        k_core(
-            kept.user,
-            kept.item,
-            min_user=config.min_user_interactions,
-            min_item=config.min_item_interactions,
-        )
-    )
-    rows["outside_of_core"] = len(kept) - len(core)
-    rows["left"] = len(core)
-    if not len(core):
+    rows = {"below_min_rating": 0, "repeated": 0}
+    for bucket in range(plan.log.num_buckets):
+        of_bucket = log.read_facts(plan.unit(bucket))
+        for name in rows:
+            rows[name] += of_bucket[name]
+    left = int(core.item_counts.sum())
+    rows |= {"outside_of_core": usable - sum(rows.values()) - left, "left": left}
+    if not left:
         raise UserError(
-            f"no interaction is left of {rows['usable']:,} usable ones (below min_rating "
+            f"no interaction is left of {usable:,} usable ones (below min_rating "
             f"{rows['below_min_rating']:,}, repeated {rows['repeated']:,}, outside of the core "
             f"{rows['outside_of_core']:,}). Relax data_prep.interactions, and check that the log's "
             f"item keys are those of the item table."
         )
-    return core, rows
+    return {**rows, "core_rounds": core.num_rounds}
 
 
-def distinct_pairs(log: Log, *, keep: str) -> Ints:
-    """Return the rows to keep so that no (user, item) occurs twice, in the order of the log.
+def _number_users(opened: Sequence[LabelledBucket], base: pa.Array) -> tuple[list[Ints], int]:
+    """Return the user_index of every user of each bucket, and the number of users in all."""
+    base_bucket = bucket_of(hash_keys(base), len(opened)) if len(base) else np.zeros(0, np.int64)
+    known = []
+    for number, bucket in enumerate(opened):
+        rows = np.flatnonzero(base_bucket == number)
+        found = pc.index_in(bucket.keys, value_set=base.take(pa.array(rows)))
+        position = pc.fill_null(found, -1).to_numpy()
+        known.append(np.append(rows, -1)[position])
+    is_new = [index < 0 for index in known]
+    first_row = np.concatenate(
+        [bucket.first_row[new] for bucket, new in zip(opened, is_new, strict=True)]
+    )
+    rank = np.empty(len(first_row), dtype=np.int64)
+    rank[np.argsort(first_row)] = len(base) + np.arange(len(first_row))
+    bounds = np.cumsum([new.sum() for new in is_new])[:-1]
+    for index, new, numbers in zip(known, is_new, np.split(rank, bounds), strict=True):
+        index[new] = numbers
+    return known, len(base) + len(first_row)
 
-    Of a pair's rows the last (or first) by time stays, and among equal or unknown times the last
-    (first) of the log.
+
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    """A bucket whose users have numbers.
+
+    Attributes:
+        bucket: users and their rows.
+        order: (num_users,) users by rising user_index.
+        user_index: (num_users,) rising.
     """
-    time = np.where(log.has_timestamp, log.timestamp, np.iinfo(np.int64).min)
-    pair = log.user * (int(log.item.max(initial=0)) + 1) + log.item
-    order = np.lexsort((time, pair))  # stable: equal times stay in the order of the log
-    changes = pair[order][1:] != pair[order][:-1]
-    edge = np.ones(1, dtype=bool)
-    ends = np.concatenate([changes, edge] if keep == "last" else [edge, changes])[: len(order)]
-    return np.sort(order[ends])
+
+    bucket: LabelledBucket
+    order: Ints
+    user_index: Ints
+
+    @classmethod
+    def of(cls, bucket: LabelledBucket, user_index: Ints) -> "_Numbered":
+        """Sort the users of a bucket."""
+        order = np.argsort(user_index)
+        return cls(bucket, order, user_index[order])
+
+    def users(self, begin: int, end: int) -> tuple[Ints, Ints]:
+        """Return number in the bucket and user_index of the users of a range."""
+        low, high = np.searchsorted(self.user_index, [begin, end])
+        return self.order[low:high], self.user_index[low:high]
 
 
-def k_core(user: Ints, item: Ints, *, min_user: int, min_item: int) -> Bools:
-    """Return the rows of the largest subset in which every user and item occurs often enough.
-
-    Args:
-        user: (n,) user numbers from 0.
-        item: (n,) item numbers from 0.
-        min_user: least rows of a user that stays.
-        min_item: least rows of an item that stays.
-    """
-    kept = np.arange(len(user))
-    while len(kept):
-        of_user, of_item = user[kept], item[kept]
-        enough = (np.bincount(of_user)[of_user] >= min_user) & (
-            np.bincount(of_item)[of_item] >= min_item
+def _rows_of_range(
+    numbered: Sequence[_Numbered], begin: int, end: int, item_index: Ints
+) -> LabelledRows:
+    parts = []
+    for source in numbered:
+        users, index = source.users(begin, end)
+        bucket = source.bucket
+        start, num_rows = bucket.start[users], bucket.start[users + 1] - bucket.start[users]
+        in_part = np.cumsum(num_rows) - num_rows
+        rows = np.repeat(start - in_part, num_rows) + np.arange(num_rows.sum())
+        parts.append(
+            LabelledRows(
+                user=np.repeat(index, num_rows),
+                item=item_index[bucket.item[rows]],
+                rating=bucket.rating[rows],
+                time=bucket.time[rows],
+                label=bucket.label[rows],
+            )
         )
-        if enough.all():
-            break
-        kept = kept[enough]
-    result = np.zeros(len(user), dtype=bool)
-    result[kept] = True
+    joined = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts])
+        for field in dataclasses.fields(LabelledRows)
+    }
+    result = LabelledRows(**joined)
+    assert not len(result) or result.item.min() >= 0, "an item with interactions has no item_index"
     return result
 
 
-def renumber(values: Ints, num_values: int) -> tuple[Ints, Ints]:
-    """Close the gaps in numbers: return the new numbers, and the old number of each new one."""
-    present = np.bincount(values, minlength=num_values) > 0
-    return (np.cumsum(present) - 1)[values], np.flatnonzero(present)
+def _keys_of_range(numbered: Sequence[_Numbered], base: pa.Array, begin: int, end: int) -> pa.Array:
+    """Return the keys of the users of a range, by user_index."""
+    known = base.slice(begin, max(min(end, len(base)) - begin, 0))
+    keys, indices = [known], [np.arange(begin, begin + len(known))]
+    for source in numbered:
+        users, index = source.users(max(begin, len(base)), end)
+        keys.append(source.bucket.keys.take(pa.array(users)))
+        indices.append(index)
+    return pa.concat_arrays(keys).take(pa.array(np.argsort(np.concatenate(indices))))
 
 
-def to_ratings(
-    column: pa.ChunkedArray | None, num_rows: int
-) -> tuple[npt.NDArray[np.float32], Bools]:
-    """Return ratings (NaN where unknown) and which of them are no usable numbers."""
-    if column is None:
-        return np.full(num_rows, np.nan, dtype=np.float32), np.zeros(num_rows, dtype=bool)
-    numbers, unreadable = _to_numbers(column)
-    values = pc.fill_null(numbers.cast(pa.float64(), safe=False), np.nan).to_numpy(
-        zero_copy_only=False
-    )
-    bad = unreadable | (np.abs(values) > _MAX_RATING)  # NaN: unknown, as pandas writes it
-    return np.where(bad, np.nan, values).astype(np.float32), bad
-
-
-def to_timestamps(column: pa.ChunkedArray | None, num_rows: int) -> tuple[Ints, Bools, Bools]:
-    """Return times, which of them are known, and which are unreadable.
-
-    Dates and times become seconds since 1970. Numbers of any unit stay as they are, cut to whole
-    ones: only their order counts.
-    """
-    if column is None:
-        none = np.zeros(num_rows, dtype=bool)
-        return np.zeros(num_rows, dtype=np.int64), none, none
-    if pa.types.is_temporal(column.type):
-        seconds = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()).combine_chunks()
-        return _filled(seconds), _mask(seconds.is_valid()), np.zeros(num_rows, dtype=bool)
-    exact = dates = pa.nulls(num_rows, pa.int64())
-    if pa.types.is_string(column.type):
-        exact, dates = whole_numbers(column), _to_dates(column)
-    numbers, unreadable = _to_numbers(column)
-    size = pc.abs(numbers.cast(pa.float64(), safe=False))  # nanoseconds: above 2**53
-    overflow = _mask(pc.fill_null(pc.greater_equal(size, _MAX_TIME), False))
-    finite = pc.if_else(pc.less(size, _MAX_TIME), numbers, None)  # NaN: unknown
-    whole = pc.coalesce(exact, finite.cast(pa.int64(), safe=False), dates)
-    bad = (unreadable & ~_mask(dates.is_valid())) | overflow
-    return _filled(whole), _mask(whole.is_valid()), bad
-
-
-def whole_numbers(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column of text as int64, null where it is no whole number."""
-    matches = pc.extract_regex(_one_array(column), _WHOLE)
-    return pc.struct_field(matches, "whole").cast(pa.int64())
-
-
-def _to_numbers(column: pa.ChunkedArray) -> tuple[pa.Array, Bools]:
-    """Return a column as numbers, null where it is empty or unreadable, and what is unreadable."""
-    array = _one_array(column)
-    if pa.types.is_null(array.type):
-        return pa.nulls(len(array), pa.float64()), np.zeros(len(array), dtype=bool)
-    if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
-        return array, np.zeros(len(array), dtype=bool)
-    if not pa.types.is_string(array.type):
-        array = pc.cast(array, pa.string())
-    text = pc.utf8_trim_whitespace(array)
-    readable = pc.match_substring_regex(text, _NUMBER)
-    blank = pc.equal(text, "")
-    numbers = pc.if_else(readable, text, None).cast(pa.float64())
-    return numbers, _mask(pc.fill_null(pc.invert(pc.or_(readable, blank)), False))
-
-
-def _to_dates(column: pa.ChunkedArray) -> pa.Array:
-    """Return ISO dates and times as seconds, null for everything else."""
-    matches = pc.extract_regex(_one_array(column), _DATE)
-    day, time, zone = (pc.struct_field(matches, name) for name in ("day", "time", "zone"))
-    time = pc.if_else(pc.equal(time, ""), "00:00:00", time)
-    zone = pc.if_else(pc.is_in(zone, pa.array(["", "Z"])), "+00:00", zone)
-    text = pc.binary_join_element_wise(day, time, zone, " ")
-    parsed = pc.strptime(text, format="%Y-%m-%d %H:%M:%S %z", unit="s", error_is_null=True)
-    return parsed.cast(pa.int64())
-
-
-def _quarantine_rows(
-    raw: RawLog, quarantine: Quarantine, verdicts: Sequence[tuple[Bools, Reason]]
-) -> Bools:
-    """List every row under the first verdict that it meets; return the rows that meet none."""
-    good = np.ones(len(raw), dtype=bool)
-    for mask, reason in verdicts:
-        rows = np.flatnonzero(mask & good)
-        good &= ~mask
-        user, item = (
-            pc.utf8_slice_codeunits(pc.fill_null(c.take(pa.array(rows)), ""), 0, MAX_KEY_BYTES)
-            for c in (raw.user, raw.item)
-        )
-        keys = pc.binary_join_element_wise(user, item, " -> ")
-        quarantine.add_columns("interactions", keys, reason, row_details(rows))
-    return good
-
-
-def _joined(batches: Sequence[pa.Table], name: str) -> pa.ChunkedArray:
-    """Join a column over batches whose types may differ (JSON infers them block by block)."""
-    columns = [batch[name] for batch in batches]
-    kinds = {column.type for column in columns if not pa.types.is_null(column.type)}
-    if len(kinds) <= 1:
-        kind = kinds.pop() if kinds else pa.null()
-    else:
-        numeric = all(pa.types.is_integer(k) or pa.types.is_floating(k) for k in kinds)
-        kind = pa.float64() if numeric else pa.string()
-    return pa.chunked_array(
-        [c for column in columns for c in column.cast(kind, safe=False).chunks], kind
-    )
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-
-
-def _filled(array: pa.Array) -> Ints:
-    return np.asarray(pc.fill_null(array, 0).to_numpy(zero_copy_only=False), dtype=np.int64)
-
-
-def _mask(array: pa.Array) -> Bools:
-    return np.asarray(array.to_numpy(zero_copy_only=False), dtype=bool)
-
-
-def statistics(log: Log) -> Mapping[str, Any]:
-    """Return how active users are and how popular items, for the report."""
-    result = {}
-    for name, values in (("per_user", log.user), ("per_item", log.item)):
-        counts = np.bincount(values)
-        counts = counts[counts > 0]
-        quantiles = np.quantile(counts, _QUANTILES).round(1).tolist()
-        result[name] = {
-            "mean": round(float(counts.mean()), 2),
-            "quantiles": dict(zip(map(str, _QUANTILES), quantiles, strict=True)),
-        }
-    return result
+def _distribution(counts: Ints) -> dict[str, Any]:
+    """Return mean and quantiles of the counts that are not 0, for the report."""
+    counts = counts[counts > 0]
+    quantiles = np.quantile(counts, _QUANTILES).round(1).tolist()
+    return {
+        "mean": round(float(counts.mean()), 2),
+        "quantiles": dict(zip(map(str, _QUANTILES), quantiles, strict=True)),
+    }

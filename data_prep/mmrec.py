@@ -6,14 +6,15 @@ Such a dataset has neither pictures nor texts: features are given, and later sta
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from alignrec.errors import UserError
 from data_prep import locations, tables
 from data_prep.config import MMRecConfig
-from data_prep.interactions import Bools, Ints, Log, to_ratings, to_timestamps, whole_numbers
+from data_prep.interaction_files import LabelledRows
+from data_prep.log import UNKNOWN_TIME
 from data_prep.quarantine import Quarantine, Reason
+from data_prep.values import Bools, Ints, to_ratings, to_timestamps, whole_numbers
 
 USER, ITEM, RATING, TIMESTAMP, LABEL = "userID", "itemID", "rating", "timestamp", "x_label"
 _SETTING = "MMRec's format"
@@ -27,15 +28,13 @@ class MMRecData:
     """What the files hold.
 
     Attributes:
-        log: the good interactions; users and items are the file's own numbers.
-        labels: (n,) split of each: 0 train, 1 valid, 2 test.
+        rows: the good interactions; users and items are the file's own numbers.
         num_users: one more than the largest userID.
         item_keys: key of every item.
         num_rows: rows of the file, good and bad.
     """
 
-    log: Log
-    labels: npt.NDArray[np.int8]
+    rows: LabelledRows
     num_users: int
     item_keys: pa.Array
     num_rows: int
@@ -62,14 +61,14 @@ def read(config: MMRecConfig, quarantine: Quarantine) -> MMRecData:
             f"{config.interactions} holds no interaction, so there is nothing to learn from. "
             f"Check data_prep.mmrec.interactions."
         )
-    log, labels = _interactions(table, num_items, quarantine)
-    if not len(log):
+    rows = _interactions(table, num_items, quarantine)
+    if not len(rows):
         raise UserError(
             f"no row of {config.interactions} can be used: user and item must be whole numbers, "
             f"items below the {num_items:,} rows of the features, x_label 0, 1 or 2."
         )
     num_rows = len(table) + len(malformed)
-    return MMRecData(log, labels, _count_users(config, log, num_rows), keys, num_rows)
+    return MMRecData(rows, _count_users(config, rows.user, num_rows), keys, num_rows)
 
 
 def count_items(config: MMRecConfig) -> int:
@@ -88,8 +87,8 @@ def count_items(config: MMRecConfig) -> int:
     return next(iter(rows.values()))
 
 
-def _count_users(config: MMRecConfig, log: Log, num_rows: int) -> int:
-    num_users = int(log.user.max()) + 1
+def _count_users(config: MMRecConfig, user: Ints, num_rows: int) -> int:
+    num_users = int(user.max()) + 1
     if num_users > _MAX_USERS_PER_ROW * num_rows + _MAX_USERS_OF_FEW_ROWS:
         raise UserError(
             f"{config.interactions} has the userID {num_users - 1} in {num_rows:,} rows, but users "
@@ -152,9 +151,7 @@ def _item_keys(config: MMRecConfig, num_items: int) -> pa.Array:
     return array
 
 
-def _interactions(
-    table: pa.Table, num_items: int, quarantine: Quarantine
-) -> tuple[Log, npt.NDArray[np.int8]]:
+def _interactions(table: pa.Table, num_items: int, quarantine: Quarantine) -> LabelledRows:
     user, good_user = _whole_numbers(table[USER])
     item, good_item = _whole_numbers(table[ITEM])
     label, good_label = _whole_numbers(table[LABEL])
@@ -178,8 +175,8 @@ def _interactions(
             "interactions",
             ((f"{user[r]} -> {item[r]}", reason, f"row {r + 1}") for r in bad.tolist()),
         )
-    log = Log(user, item, rating, time, has_time).select(good)
-    return log, label[good].astype(np.int8)
+    known_time = np.where(has_time, time, UNKNOWN_TIME)
+    return LabelledRows(user, item, rating, known_time, label.astype(np.int8)).select(good)
 
 
 def _whole_numbers(column: pa.ChunkedArray) -> tuple[Ints, Bools]:

@@ -1,19 +1,20 @@
-"""Cleaned interactions in, a split for each out (interactions -> artifact).
+"""Interactions of whole users in, a split for each out (core -> interactions).
 
-The random split is a function of (seed, user_index, item_index) alone: the number of workers does
-not change it, and a new interaction moves few others of its user. A log in another order can number
-its users otherwise, and so be split otherwise.
+The random split is a function of (seed, user key, item key) alone: neither the order of the log,
+nor numbers, nor other users, nor who does the work changes it, and a new interaction moves few
+others of its user.
 """
 
-from collections.abc import Mapping
+import dataclasses
 
 import numpy as np
 import numpy.typing as npt
 
-from alignrec.data.schema import SPLITS, Split
+from alignrec.data.schema import SPLITS
 from alignrec.errors import UserError
 from data_prep.config import SplitConfig
-from data_prep.interactions import Ints, Log
+from data_prep.hashing import Hashes, hash_pairs
+from data_prep.values import Ints
 
 TRAIN, VALID, TEST = range(3)
 Labels = npt.NDArray[np.int8]
@@ -22,23 +23,49 @@ _FEWEST = 3  # users with fewer interactions hold out none
 _ROUNDING = 1e-9  # 0.2 * 15 is a little above 3, 0.7 * 10 a little below 7
 
 
-def split(log: Log, config: SplitConfig) -> Labels:
+@dataclasses.dataclass(frozen=True)
+class Histories:
+    """All interactions of some users.
+
+    Attributes:
+        user: (n,) any numbers from 0.
+        user_hash: (n,) of the user's key.
+        item_hash: (n,) of the item's key.
+        time: (n,) seconds; only read by the strategies that need times.
+    """
+
+    user: npt.NDArray[np.integer]
+    user_hash: Hashes
+    item_hash: Hashes
+    time: Ints
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """The moments after which interactions are for valid, and for test (None: none are)."""
+
+    valid: int | None
+    test: int | None
+
+
+def split(histories: Histories, config: SplitConfig, cuts: Cuts | None) -> Labels:
     """Return TRAIN, VALID or TEST for every interaction.
 
     Args:
-        log: distinct pairs with dense user numbers.
+        histories: distinct pairs.
         config: strategy, share held out, seed.
+        cuts: for the strategy global_time, see ``cut_ranks``.
     """
-    if config.strategy == "global_time":
-        return global_time(log.timestamp, held_out=config.held_out)
+    if cuts is not None:
+        return by_cuts(histories.time, cuts)
     if config.strategy == "user_random":
-        priority = pair_hash(log.user, log.item, seed=config.seed).astype(np.uint64)
+        priority = hash_pairs(histories.user_hash, histories.item_hash, seed=config.seed)
     else:
-        priority = (log.timestamp - log.timestamp.min(initial=0)).astype(np.uint64)
-    num = np.bincount(log.user)
+        priority = ordered_bits(histories.time)
+    num = np.bincount(histories.user)
     last_out = config.strategy == "user_last_out"
     valid, test = held_out_sizes(num, held_out=None if last_out else config.held_out)
-    return by_priority(log.user, log.item, priority, valid=valid, test=test)
+    return by_priority(histories.user, histories.item_hash, priority, valid=valid, test=test)
 
 
 def held_out_sizes(num: Ints, *, held_out: float | None) -> tuple[Ints, Ints]:
@@ -56,18 +83,18 @@ def held_out_sizes(num: Ints, *, held_out: float | None) -> tuple[Ints, Ints]:
 
 
 def by_priority(
-    user: Ints, item: Ints, priority: npt.NDArray[np.uint64], *, valid: Ints, test: Ints
+    user: npt.NDArray[np.integer], tie: Hashes, priority: Hashes, *, valid: Ints, test: Ints
 ) -> Labels:
     """Label each user's interactions by rising priority: train, then valid, then test.
 
     Args:
         user: (n,) user numbers.
-        item: (n,) item numbers; they decide between equal priorities.
+        tie: (n,) decides between equal priorities.
         priority: (n,) e.g. times.
         valid: (num_users,) how many of a user's interactions are for validation.
         test: (num_users,) how many are for the test.
     """
-    order = np.lexsort((item, priority, user))
+    order = np.lexsort((tie, priority, user))
     num = np.bincount(user, minlength=len(valid))
     start = np.cumsum(num) - num
     of_user = user[order]
@@ -80,51 +107,48 @@ def by_priority(
     return result
 
 
-def global_time(timestamp: Ints, *, held_out: float) -> Labels:
-    """Label by two points in time, so that train is before valid is before test.
+def cut_ranks(num_rows: int, *, held_out: float) -> tuple[int | None, int | None]:
+    """Return the places, in the order of time, of the last row for training and for validation.
 
-    Interactions of the same second stay together, so shares are met up to ties.
+    Rows later than them are for validation and test. Rows of the same second stay together, so
+    shares are met up to ties. None: nothing is held out.
     """
-    ordered = np.sort(timestamp)
-    both = int(np.floor(len(ordered) * held_out + _ROUNDING))
-    labels = np.full(len(timestamp), TRAIN, dtype=np.int8)
-    for label, size in ((VALID, both), (TEST, both - both // 2)):
-        if size:
-            labels[timestamp > ordered[-size - 1]] = label
+    both = int(np.floor(num_rows * held_out + _ROUNDING))
+    valid, test = (num_rows - size - 1 if size else None for size in (both, both - both // 2))
+    return valid, test
+
+
+def by_cuts(time: Ints, cuts: Cuts) -> Labels:
+    """Label by two moments, so that train is before valid is before test."""
+    labels = np.full(len(time), TRAIN, dtype=np.int8)
+    for label, cut in ((VALID, cuts.valid), (TEST, cuts.test)):
+        if cut is not None:
+            labels[time > cut] = label
     return labels
 
 
-def pair_hash(user: Ints, item: Ints, *, seed: int) -> npt.NDArray[np.uint64]:
-    """Return a well-mixed 64-bit number per (seed, user, item): splitmix64, chained."""
-    mixed = _splitmix64(np.full(len(user), seed, dtype=np.uint64))
-    mixed = _splitmix64(mixed ^ user.astype(np.uint64))
-    return _splitmix64(mixed ^ item.astype(np.uint64))
+def ordered_bits(values: Ints) -> Hashes:
+    """Return int64 as uint64 in the same order."""
+    return values.view(np.uint64) ^ np.uint64(1 << 63)
 
 
-def check_leakage(pairs: Mapping[Split, tuple[Ints, Ints]]) -> None:
+def check_leakage(user: Ints, item: Ints, labels: npt.NDArray[np.integer]) -> None:
     """Make sure that no (user, item) is in two splits, or twice in one.
+
+    Args:
+        user: (n,) sorted by user and then item: all interactions of these users.
+        item: (n,)
+        labels: (n,) split of each.
 
     Raises:
         UserError: naming a pair and its splits.
     """
-    user = np.concatenate([pairs[split][0] for split in SPLITS])
-    item = np.concatenate([pairs[split][1] for split in SPLITS])
-    where = np.repeat(np.arange(len(SPLITS)), [len(pairs[split][0]) for split in SPLITS])
-    order = np.lexsort((where, item, user))
-    same = (user[order][1:] == user[order][:-1]) & (item[order][1:] == item[order][:-1])
-    leaks = np.flatnonzero(same)
+    leaks = np.flatnonzero((user[1:] == user[:-1]) & (item[1:] == item[:-1]))
     if len(leaks):
-        first, second = order[leaks[0]], order[leaks[0] + 1]
+        first = leaks[0]
+        names = " and ".join(SPLITS[label] for label in sorted(labels[first : first + 2]))
         raise UserError(
             f"{len(leaks):,} interactions occur more than once over the splits, for example user "
-            f"{user[first]}, item {item[first]} in {SPLITS[where[first]]} and "
-            f"{SPLITS[where[second]]}: the test would know its answers. Correct the split labels."
+            f"{user[first]}, item {item[first]} in {names}: the test would know its answers. "
+            f"Correct the split labels."
         )
-
-
-def _splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    # Steele, Lea, Flood 2014; array arithmetic on uint64 wraps around, as it should.
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

@@ -10,6 +10,7 @@ import pytest
 from alignrec.errors import UserError
 from data_prep import mmrec
 from data_prep.config import MMRecConfig
+from data_prep.log import UNKNOWN_TIME
 from data_prep.quarantine import Quarantine
 
 HEADER = "userID\titemID\trating\ttimestamp\tx_label\n"
@@ -43,16 +44,16 @@ def test_numbers_and_labels_are_those_of_the_file(folder: Path) -> None:
     data = mmrec.read(make_config(folder, rows, keys="keys.csv"), Quarantine())
     assert data.num_users == 4
     assert data.item_keys.to_pylist() == ["A", "B", "C", "D"]
-    assert data.log.user.tolist() == [0, 3, 0]
-    assert data.log.item.tolist() == [2, 0, 1]
-    assert data.log.rating.tolist() == [5.0, 4.0, 1.0]
-    assert data.labels.tolist() == [0, 2, 1]
+    assert data.rows.user.tolist() == [0, 3, 0]
+    assert data.rows.item.tolist() == [2, 0, 1]
+    assert data.rows.rating.tolist() == [5.0, 4.0, 1.0]
+    assert data.rows.label.tolist() == [0, 2, 1]
 
 
 def test_rating_and_time_may_be_absent(folder: Path) -> None:
     data = mmrec.read(make_config(folder, "userID\titemID\tx_label\n1\t2\t0\n"), Quarantine())
-    assert np.isnan(data.log.rating).all()
-    assert not data.log.has_timestamp.any()
+    assert np.isnan(data.rows.rating).all()
+    assert (data.rows.time == UNKNOWN_TIME).all()
     assert data.item_keys.to_pylist() == ["0", "1", "2", "3"]
 
 
@@ -61,8 +62,8 @@ def test_a_packed_file_keeps_its_optional_columns(folder: Path) -> None:
     packed = folder / "x.inter.gz"
     packed.write_bytes(gzip.compress((HEADER + "0\t2\t5.0\t11\t0\n").encode()))
     data = mmrec.read(dataclasses.replace(config, interactions=str(packed)), Quarantine())
-    assert data.log.rating.tolist() == [5.0]
-    assert data.log.timestamp.tolist() == [11]
+    assert data.rows.rating.tolist() == [5.0]
+    assert data.rows.time.tolist() == [11]
 
 
 def test_only_whole_numbers_are_numbers(folder: Path) -> None:
@@ -70,7 +71,7 @@ def test_only_whole_numbers_are_numbers(folder: Path) -> None:
     quarantine = Quarantine()
     rows += "2020-02-01\t0\t1\t1\t0\n"
     data = mmrec.read(make_config(folder, HEADER + rows), quarantine)
-    assert data.log.user.tolist() == [0, 1]
+    assert data.rows.user.tolist() == [0, 1]
     assert quarantine.reasons() == {
         "interactions": {"missing_user": 2, "missing_item": 1, "bad_split_label": 1}
     }
@@ -80,7 +81,7 @@ def test_bad_rows_are_listed(folder: Path) -> None:
     rows = "0\t0\t1\t1\t0\n0\t4\t1\t1\t0\nx\t1\t1\t1\t0\n0\t1\t1\t1\t3\n0\t-1\t1\t1\t0\n0\t1\n"
     quarantine = Quarantine()
     data = mmrec.read(make_config(folder, HEADER + rows), quarantine)
-    assert len(data.log) == 1
+    assert len(data.rows) == 1
     assert data.num_rows == 6
     assert quarantine.reasons() == {
         "interactions": {
