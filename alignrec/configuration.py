@@ -157,6 +157,15 @@ def expand_variables(value: Any) -> Any:  # noqa: ANN401 - any part of a recipe
     return _VARIABLE.sub(_variable, value) if isinstance(value, str) else value
 
 
+def variables(value: Any) -> set[str]:  # noqa: ANN401 - any part of a recipe
+    """Return the names of the environment variables that ``expand_variables`` would replace."""
+    if isinstance(value, Mapping):
+        return set().union(*map(variables, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(variables, value))
+    return {match[1] for match in _VARIABLE.finditer(value)} if isinstance(value, str) else set()
+
+
 def to_mapping(config: Any) -> Tree:  # noqa: ANN401 - any configuration dataclass
     """Return a configuration as plain JSON values (paths become strings, tuples lists)."""
     return typing.cast(Tree, json.loads(json.dumps(dataclasses.asdict(config), default=str)))

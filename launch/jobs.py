@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import os
 import secrets
 import shlex
 import time
@@ -102,6 +101,7 @@ class Jobs:
             JobExistsError: the cluster has a job of that id already.
         """
         job_id = job_id or _new_id(recipe)
+        variables = _variables(job_id, directory or Path.cwd(), recipe)
         command = ["python", "-m", "launch", "run", RECIPE_FILE, "--run-dir", str(run_dir)]
         with checkout.packaged() as folder, self._explained():
             text = yaml.safe_dump(dict(recipe.sections), sort_keys=False)
@@ -109,10 +109,7 @@ class Jobs:
             self._client.submit_job(
                 entrypoint=shlex.join([*command, *options]),
                 submission_id=job_id,
-                runtime_env={
-                    "working_dir": str(folder),
-                    "env_vars": _variables(job_id, directory or Path.cwd()),
-                },
+                runtime_env={"working_dir": str(folder), "env_vars": variables},
                 metadata={"recipe": recipe.name, "run_dir": str(run_dir)},
             )
         return job_id
@@ -261,8 +258,11 @@ def _new_id(recipe: Recipe) -> str:
     return f"{recipe.name}-{when}-{secrets.token_hex(2)}"
 
 
-def _variables(job_id: str, directory: Path) -> dict[str, str]:
-    """Return the environment of a job: relative paths mean the same as here, if it can see them."""
+def _variables(job_id: str, directory: Path, recipe: Recipe) -> dict[str, str]:
+    """Return the environment of a job.
+
+    Relative paths mean the same as here, if it can see them, and so do the variables of the recipe.
+    """
     variables = {
         "ALIGNREC_DIRECTORY": str(directory),
         "ALIGNREC_JOB": job_id,
@@ -270,7 +270,7 @@ def _variables(job_id: str, directory: Path) -> dict[str, str]:
     }
     commit = artifacts.producer()["commit"]
     variables |= {"ALIGNREC_COMMIT": commit} if commit else {}
-    return variables | {n: os.environ[n] for n in ("ALIGNREC_DATA",) if n in os.environ}
+    return variables | recipe.variables()
 
 
 def _first(error: object) -> str:

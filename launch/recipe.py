@@ -1,6 +1,7 @@
 """A recipe, checked as a whole before anything runs (YAML and --set -> runner)."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ class Recipe:
         """Return every setting of every section, as a recipe that makes the same run."""
         sections = {CLUSTER: configuration.to_mapping(self.cluster)}
         return sections | {s.name: configuration.to_mapping(s.config) for s in self.steps}
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that it names, as far as they are set here."""
+        names = configuration.variables(self.sections)
+        return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 
     def step(self, name: str, option: str) -> Step:
         """Return a stage by name.

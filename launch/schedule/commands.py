@@ -127,6 +127,7 @@ def _definition(options: argparse.Namespace) -> Schedule:
             "timezone": options.timezone,
             "recipe": options.recipe if path.parent == RECIPES else str(path.absolute()),
             "assignments": options.set,
+            "variables": recipe.variables(),
             "first": options.first,
             "last": options.last,
             "run_dir": (options.run_dir or Path("runs") / recipe.name).absolute(),

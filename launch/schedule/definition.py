@@ -30,6 +30,7 @@ class Schedule:
     added: str = option(help="when it was added; earlier times do not count")
     timezone: str = option("UTC", "time zone of cron")
     assignments: tuple[str, ...] = option((), "section.key=value overrides of the recipe")
+    variables: dict[str, str] = option({}, "environment variables of the recipe, as when added")
     first: str | None = option(None, "stage that runs again each time; null: what is stale")
     last: str | None = option(None, "stage after which a run stops; null: the recipe's last")
     address: str | None = option(None, "job API; null: the cluster that is up on the machine")

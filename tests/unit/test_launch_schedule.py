@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import zoneinfo
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 import launch.__main__ as launch_command
 from alignrec.errors import UserError
-from launch.schedule import definition, timetable
+from launch.jobs import JobExistsError
+from launch.recipe import Recipe
+from launch.schedule import definition, submitting, timetable
 from launch.schedule.store import Entry, Folder
 
 UTC = datetime.UTC
@@ -179,6 +182,31 @@ def test_a_recipe_of_ones_own_is_found_from_anywhere(tmp_path: Path) -> None:
     schedule = Folder().read("nightly")
     assert schedule.recipe == str(tmp_path / "mine.yaml")
     assert schedule.run_dir == tmp_path / "here"
+
+
+def test_variables_of_the_recipe_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that systemd starts knows nothing of the shell in which a schedule was added."""
+    recipe = tmp_path / "mine.yaml"
+    monkeypatch.setenv("SHOP", "north")
+    recipe.write_text("data_prep: {source: synthetic, images: {revision: '${SHOP}'}}")
+    add("mine.yaml")
+    monkeypatch.delenv("SHOP")
+    seen: list[Any] = []
+
+    class Jobs:
+        def __init__(self, address: str | None) -> None:
+            seen.append(address)
+
+        def submit(self, made: Recipe, run_dir: Path, options: list[str], **rest: Any) -> str:
+            seen.extend([made.variables(), rest["job_id"], rest["directory"]])
+            raise JobExistsError("as after a kill")
+
+    monkeypatch.setattr(submitting, "Jobs", Jobs)
+    submitting.RayJobs().submit(Folder().read("nightly"), "nightly-1")
+    assert seen == [None, {"SHOP": "north"}, "nightly-1", tmp_path]
+    assert "SHOP" not in os.environ
 
 
 @pytest.mark.parametrize(
