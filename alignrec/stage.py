@@ -7,12 +7,14 @@ one of them in this process, or on several ranks under torchrun.
 import argparse
 import dataclasses
 import importlib
+import json
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from alignrec import artifacts, configuration
 from alignrec.errors import StageFailure, UserError
@@ -136,6 +138,9 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--recipe", type=Path, help=f"YAML file; its section {stage.name} is used")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument(
+        "--json", action="store_true", help="tell the outcome as JSON in the last line of stdout"
+    )
     options = parser.parse_args(arguments)
     # Spinning threads starve each other where ranks share cores; torch reads this when it loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -164,23 +169,85 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
         )
         stage.load_run()(config, context)
 
-    return exit_code(work)
+    start = time.monotonic()
+    outcome = attempt(work)
+    if options.json and os.environ.get("RANK", "0") == "0":
+        seconds = time.monotonic() - start
+        print(json.dumps(summary(outcome, options.output, seconds=seconds)), flush=True)
+    if outcome.fault is not None:
+        raise outcome.fault
+    return outcome.exit_code
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended.
+
+    Attributes:
+        state: done, failed, mistake (the user's) or interrupted.
+        exit_code: 0, 1, 2 or 130.
+        error: the line that was printed on stderr; empty when done.
+        fault: what nobody foresaw, for its traceback.
+    """
+
+    state: Literal["done", "failed", "mistake", "interrupted"]
+    exit_code: int
+    error: str = ""
+    fault: Exception | None = None
+
+
+def summary(outcome: Outcome, output: Path, *, seconds: float) -> dict[str, Any]:
+    """Return what a scheduler wants to know of a finished stage, as plain JSON values.
+
+    Args:
+        outcome: how it ended.
+        output: its artifact; its counts are told when the stage is done.
+        seconds: how long it ran.
+    """
+    told: dict[str, Any] = {
+        "state": outcome.state,
+        "exit_code": outcome.exit_code,
+        "output": str(output),
+        "version": None,
+        "counts": {},
+        "seconds": round(seconds, 3),
+        "quarantined": {},
+        "error": outcome.error,
+    }
+    if outcome.state == "done":
+        manifest = artifacts.read(output)
+        told["counts"] = manifest.counts
+        told["quarantined"] = manifest.facts.get("quarantine", {})
+        if output.is_symlink():
+            told["version"] = output.resolve().name
+    return told
 
 
 def exit_code(work: Callable[[], None]) -> int:
     """Run ``work`` and turn the two reportable failures into a line on stderr and an exit code."""
+    outcome = attempt(work)
+    if outcome.fault is not None:
+        raise outcome.fault
+    return outcome.exit_code
+
+
+def attempt(work: Callable[[], None]) -> Outcome:
+    """Run ``work`` and say how it ended; a reportable failure is a line on stderr."""
     try:
         work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return Outcome("mistake", 2, str(error))
     except StageFailure as error:
         print(f"failed: {error}", file=sys.stderr)
-        return 1
+        return Outcome("failed", 1, str(error))
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
-    return 0
+        line = "interrupted; run the same command again to resume"
+        print(line, file=sys.stderr)
+        return Outcome("interrupted", 130, line)
+    except Exception as error:
+        return Outcome("failed", 1, f"{type(error).__name__}: {error}", fault=error)
+    return Outcome("done", 0)
 
 
 def _load(target: str) -> Any:  # noqa: ANN401 - a class or a function

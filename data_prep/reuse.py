@@ -163,7 +163,7 @@ def chunk_digest(rows: pa.Table, sources: Iterable[str], rules: Sequence[Any]) -
     for name in rows.column_names:
         digest.update(name.encode() + b"\0")
         for part in _canonical(rows[name]):
-            digest.update(part)
+            digest.update(np.ascontiguousarray(part).data)
     for source in sources:
         digest.update(source.encode() + b"\0")
     return digest.hexdigest()

@@ -123,7 +123,7 @@ def _share_chunk(
 ) -> bool:
     """Take the base's shard as it is, if it would become the same; say whether that was so."""
     base = plan.open_base()
-    known = base and base.chunk(number)
+    known = None if base is None else base.chunk(number)
     if base is None or known is None or known.digest != _digest(rows, sources, plan):
         return False
     if known.shard and not _share_shard(base, known, plan.artifact / known.shard):
@@ -259,15 +259,12 @@ class _Parts:
 
 
 def _picture_row(verdict: Picture | BadImage) -> dict[str, Any]:
-    bad = isinstance(verdict, BadImage)
-    return {
-        "width": 0 if bad else verdict.width,
-        "height": 0 if bad else verdict.height,
-        "kept": False if bad else verdict.kept,
-        "animated": False if bad else verdict.animated,
-        "reason": verdict.reason.value if bad else "",
-        "detail": clean_detail(verdict.detail) if bad else "",
-    }
+    if isinstance(verdict, BadImage):
+        nothing = {"width": 0, "height": 0, "kept": False, "animated": False}
+        detail = clean_detail(verdict.detail)
+        return {**nothing, "reason": verdict.reason.value, "detail": detail}
+    fields = ("width", "height", "kept", "animated")
+    return {**{name: getattr(verdict, name) for name in fields}, "reason": "", "detail": ""}
 
 
 def _removed_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +65,45 @@ def test_a_stage_runs_from_the_command_line(
     message = capsys.readouterr().err
     assert "no dataset here" in message
     assert message.count("\n") == 1
+
+
+def test_a_scheduler_reads_the_last_line(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    words = ["--dataset", str(dataset), "--output", str(output), "--json", "--set"]
+
+    def last_line(assignment: str) -> dict[str, Any]:
+        stage.main(SAMPLE, [*words, assignment])
+        told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert told.pop("seconds") >= 0
+        return told
+
+    done = {
+        "state": "done", "exit_code": 0, "output": str(output), "version": None,
+        "counts": {"rows": 5}, "quarantined": {}, "error": "",
+    }  # fmt: skip
+    assert last_line("sample.rows=5") == done
+    failed = done | {"state": "failed", "exit_code": 1, "error": "rank 1 of 2 died", "counts": {}}
+    assert last_line("sample.rows=13") == failed
+    mistake = last_line("sample.rows=-1")
+    assert (mistake["state"], mistake["exit_code"]) == ("mistake", 2)
+    assert "out of range" in mistake["error"]
+
+
+def test_what_nobody_foresaw_is_told_and_raised(
+    tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dataset", str(dataset), "--output", str(tmp_path / "out"), "--json"]
+    with pytest.raises(ZeroDivisionError):
+        stage.main(dataclasses.replace(SAMPLE, run=f"{__name__}:divide"), words)
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["state"], told["exit_code"]) == ("failed", 1)
+    assert told["error"] == "ZeroDivisionError: division by zero"
+
+
+def divide(config: Config, context: Context) -> None:
+    config.rows / (config.rows - config.rows)
 
 
 def test_the_fingerprint_follows_settings_and_inputs(tmp_path: Path, dataset: Path) -> None:
