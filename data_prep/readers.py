@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from alignrec.configuration import nearest
 from alignrec.errors import UserError
-from data_prep.locations import Piece, RawFile
+from data_prep.locations import Piece, RawFile, is_foreign
 
 ROW = ":row"  # a name that no table of a user's has
 MAX_ROW_BYTES = 16 << 20
@@ -86,12 +86,14 @@ def unpacked(file: RawFile) -> Any:  # noqa: ANN401 - a pyarrow stream
 
 @contextlib.contextmanager
 def damage_named(file: RawFile) -> Iterator[None]:
-    """Turn what pyarrow and fsspec say of a damaged file into the user's mistake."""
+    """Turn what pyarrow and file systems say of a damaged file into the user's mistake."""
     try:
         yield
     except UserError:
         raise
-    except (pa.ArrowException, OSError, UnicodeError, EOFError) as error:
+    except Exception as error:
+        if not (isinstance(error, (OSError, UnicodeError, EOFError)) or is_foreign(error)):
+            raise
         if "straddling object" in str(error):
             raise UserError(
                 f"{file.url} has a row longer than {MAX_ROW_BYTES:,} bytes, or a quote that is "

@@ -1,18 +1,27 @@
 """Raw tables: every format gives the same rows, and mistakes in them are named."""
 
+import bz2
+import functools
 import gzip
+import http.server
 import json
+import pickle
+import threading
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
 from alignrec.errors import UserError
-from data_prep import locations, tables
-from data_prep.tables import Columns, MalformedRow
+from data_prep import delimited, json_lines, locations, readers, tables
+from data_prep.tables import ROW, Columns, MalformedRow
 
 ROWS: list[dict[str, Any]] = [
     {"key": "007", "name": "plain", "size": 1.5},
@@ -237,3 +246,318 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 def test_an_unknown_protocol_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="cannot be reached"):
         locations.find(["nosuch://host/items.parquet"])
+
+
+# --- hostile and unusual files -------------------------------------------------------------------
+
+
+def read_text(path: Path, content: bytes, **columns: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows, and the places (row or line) that are malformed."""
+    path.write_bytes(content)
+    rows, malformed = read(path, Columns("s", text=("key",), **columns))
+    return rows, [row.where.rpartition("/")[2] for row in malformed]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected", "malformed"),
+    [
+        ("bom.csv", b"\xef\xbb\xbfkey,b\nx,1\n", [("x", 1)], []),
+        ("crlf.csv", b'key,b\r\nx,1\r\n\r\n"y\r\nz",2\r\n', [("x", 1), ("y\r\nz", 2)], []),
+        ("nul.csv", b"key,b\nx\x00y,1\n", [("x\x00y", 1)], []),
+        ("latin.csv", b"key,b\nx\xe9,1\n", [("x\ufffd", 1)], []),
+        ("ragged_latin.csv", b"key,b\nx,1\n\xe9\ny,\xe9\n", [("x", 1), ("y", 3)], ["row 2"]),
+        ("quotes.csv", b'key,b\n"say ""x"", y",1\nz"z,2\n', [('say "x", y', 1), ('z"z', 2)], []),
+        ("ragged.csv", b"key,b\n1,\n2\n3,\n4,5,6\n7\n8,\n", [("1", 1), ("3", 3), ("8", 6)],
+         ["row 2", "row 4", "row 5"]),
+        ("header_only.csv", b"key,b\n", [], []),
+        ("open_quote.csv", b'key,b\n1,2\n"3,4\n5,6\n', [("1", 1)], ["row 2"]),
+        ("empty.jsonl", b"", [], []),
+        ("blank.jsonl", b"\n \n", [], []),
+        ("bom.jsonl", b'\xef\xbb\xbf{"key": "x"}\n', [("x", 1)], []),
+        ("crlf.jsonl", b'{"key": "x"}\r\n\r\n{"key": 2}\r\n', [("x", 1), ("2", 3)], []),
+        ("null.jsonl", b'null\n{"key": "x"}\n', [("x", 2)], ["line 1"]),  # crashes pyarrow
+        ("null_2.jsonl", b'\n null\n{"key": "x"}\n', [("x", 3)], ["line 2"]),
+        ("kinds.jsonl", b'{"key": "x"}\n"key"\n7\n[1]\n{}\n', [("x", 1), (None, 5)],
+         ["line 2", "line 3", "line 4"]),
+        ("latin.jsonl", b'{"key": "x\xe9"}\n{"key": 3}\n', [("x\ufffd", 1), ("3", 2)], []),
+        ("twice.jsonl", b'{"key": "a", "key": "b"}\n', [("b", 1)], []),
+        ("two.jsonl", b'{"key": "a"}{"key": "b"}\n{"key": "c"}\n', [("c", 2)], ["line 1"]),
+        ("deep.jsonl", b'{"key": "x", "z": ' + b"[" * 99_999 + b"]" * 99_999 + b"}\n", [("x", 1)],
+         []),
+        ("deep_key.jsonl", b'{"key": ' + b"[" * 99_999 + b"]" * 99_999 + b'}\n{"key": "y"}\n',
+         [(None, 1), ("y", 2)], []),
+        ("digits.jsonl", b'{"z": ' + b"9" * 5000 + b', "key": "x"}\n{"key": 1}\n',
+         [("x", 1), ("1", 2)], []),
+        ("number.jsonl", b'{"key": NaN}\n{"key": 1e999}\n', [(None, 1), ("inf", 2)], []),
+    ],
+)  # fmt: skip
+def test_unusual_text_is_read_or_reported(
+    tmp_path: Path, name: str, content: bytes, expected: Any, malformed: list[str]
+) -> None:
+    rows, where = read_text(tmp_path / name, content)
+    assert [(row["key"], row[ROW]) for row in rows] == expected
+    assert where == [f"{name} {place}" for place in malformed]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "key,b\n1,2\n".encode("utf-16"), "t.csv is UTF-16, but tables must be UTF-8"),
+        ("t.csv", b'key,b\n1,2\n"3,4\n' + b"5,6\n" * 2000, "row 2 goes on for 2,000 lines"),
+        ("t.csv", b"k\xe9y,b\n1,2\n", "has no column 'key'"),
+        ("t.csv", b"key,b\n1," + b"x" * (34 << 20), "a row longer than 16,777,216 bytes"),
+        ("t.csv.gz", gzip.compress(b"key,b\n" + b"1,2\n" * 9999)[:-20], "Truncated compressed"),
+        ("t.csv.bz2", bz2.compress(b"key,b\n" + b"1,2\n" * 9999)[:-9], "Truncated compressed"),
+        ("t.jsonl.gz", gzip.compress(b'{"key": 1}\n' * 9999)[:-20], "Truncated compressed"),
+        ("t.jsonl.gz", gzip.compress(b'{"key": 1}\n' * 99) + b"junk", "cannot be read as jsonl"),
+        ("t.parquet", b"PAR1" + bytes(99) + b"PAR1", "cannot be read as parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_text(tmp_path / name, content)
+
+
+def test_a_truncated_zstandard_file_is_named(tmp_path: Path) -> None:
+    data = pa.Codec("zstd").compress(b"key,b\n" + b"1,2\n" * 9999).to_pybytes()
+    with pytest.raises(UserError, match=r"t\.csv\.zst cannot be read as csv: Truncated"):
+        read_text(tmp_path / "t.csv.zst", data[:-9])
+
+
+def test_a_line_above_the_limit_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_lines, "MAX_ROW_BYTES", 1000)
+    for size in (900, 1001, 1999, 2000, 2001, 5000):
+        lines = [b'{"key": "a"}', b'{"key": "' + b"x" * (size - 11) + b'"}', b'{"key": "b"}']
+        rows, where = read_text(tmp_path / "t.jsonl", b"\n".join(lines))
+        kept = ["a", "x" * (size - 11), "b"] if size <= 1000 else ["a", "b"]
+        assert [row["key"] for row in rows] == kept
+        assert where == ([] if size <= 1000 else ["t.jsonl line 2"])
+        assert [row[ROW] for row in rows] == ([1, 2, 3] if size <= 1000 else [1, 3])
+
+
+def test_a_title_of_a_megabyte_is_a_title(tmp_path: Path) -> None:
+    title = "x" * (1 << 20)
+    for name, content in (("t.csv", f"key\n{title}\n"), ("t.jsonl", json.dumps({"key": title}))):
+        rows, _ = read_text(tmp_path / name, content.encode())
+        assert rows[0]["key"] == title
+
+
+def test_which_lines_are_rows_does_not_depend_on_the_columns(tmp_path: Path) -> None:
+    lines = [
+        '{"key": "a", "b": 1}',
+        '{"key": "b", "b": "x"}',
+        '{"key": "c", "z": ' + "[" * 9999 + "]" * 9999 + "}",
+        '{"key": "d", "b": [1, 2]}',
+        '{"key": "e", "z": ' + "9" * 5000 + "}",
+        '{"key": "f", "b": 1e400}',
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines[:3]) + "\n" + "\n".join(lines[3:]))
+    one, bad_one = read(tmp_path / "t.jsonl", Columns("s", text=("key",)))
+    two, bad_two = read(tmp_path / "t.jsonl", Columns("s", text=("key", "b")))
+    assert [row["key"] for row in one] == [row["key"] for row in two] == list("abcdef")
+    assert bad_one == bad_two == []
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["3", "4.5"], [3.0, 4.5]),
+        (["1234567890123456789", "null"], [1234567890123456789, None]),
+        (['"2020-01-01"', "null"], ["2020-01-01", None]),
+        (["3", '"x"'], ["3", "x"]),
+        (["null", "7"], [None, 7]),
+    ],
+)
+def test_numbers_of_json_keep_their_precision(
+    tmp_path: Path, values: list[str], expected: Any
+) -> None:
+    content = "".join(f'{{"key": "k", "n": {value}}}\n' for value in values)
+    rows, _ = read_text(tmp_path / "t.jsonl", content.encode(), other=("n",))
+    assert [row["n"] for row in rows] == expected
+
+
+def test_what_is_not_asked_for_may_change_its_type(tmp_path: Path) -> None:
+    blocks = [b'{"key": "a", "price": 1}\n', b'{"key": "b", "price": {"usd": [1]}}\n']
+    rows, where = read_text(tmp_path / "t.jsonl", b"".join(blocks))
+    assert [row["key"] for row in rows] == ["a", "b"]
+    assert where == []
+
+
+def test_an_archive_that_unpacks_to_very_much_is_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delimited, "MAX_ROW_BYTES", 1 << 20)
+    rows = b"key,b\n" + b"x,1\n" * 2_500_000  # 10 MB from 30 kB
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(rows, compresslevel=1))
+    columns = Columns("s", text=("key",))
+    batches = tables.read_batches(locations.find([str(tmp_path / "t.csv.gz")]), columns, [])
+    sizes = [(len(batch), batch.nbytes) for batch in batches]
+    assert sum(size[0] for size in sizes) == 2_500_000
+    assert max(size[1] for size in sizes) < 8 << 20
+
+
+# --- pieces and numbers of rows ------------------------------------------------------------------
+
+
+def write_row_groups(path: Path, num_rows: int, rows_per_group: int) -> None:
+    keys = [f"k{row}" for row in range(num_rows)]
+    pq.write_table(pa.table({"key": keys}), path, row_group_size=rows_per_group)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 200, 10**9])
+def test_pieces_are_the_files_rows_in_order(tmp_path: Path, max_bytes: int) -> None:
+    write_row_groups(tmp_path / "1.parquet", 95, 10)
+    (tmp_path / "2.csv").write_text("key\nx\ny\n")
+    write_row_groups(tmp_path / "3.parquet", 5, 10)
+    files = locations.find([str(tmp_path)])
+    columns = Columns("s", text=("key",))
+    found = tables.pieces(files, max_bytes=max_bytes)
+    assert len(found) == {1: 12, 200: len(found), 10**9: 3}[max_bytes]
+    whole = [row for batch in tables.read_batches(files, columns, []) for row in batch.to_pylist()]
+    parts = [row for batch in tables.read_batches(found, columns, []) for row in batch.to_pylist()]
+    assert parts == whole
+    assert [row[ROW] for row in whole] == [*range(1, 96), 1, 2, *range(1, 6)]
+    for piece in found:  # each by itself has the same numbers
+        rows = [r for b in tables.read_batches([piece], columns, []) for r in b.to_pylist()]
+        assert all(row in whole for row in rows)
+        assert rows[0][ROW] == piece.first_row + 1
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+def test_numbers_of_rows_count_the_malformed_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    good = rng.random(500) < 0.7
+    lines = [f"k{row},1" if fine else "broken" for row, fine in enumerate(good)]
+    (tmp_path / "t.csv").write_text("key,b\n" + "\n".join(lines))
+    rows, malformed = read(tmp_path / "t.csv", Columns("s", text=("key",)))
+    assert [row[ROW] - 1 for row in rows] == np.flatnonzero(good).tolist()
+    assert [row["key"] for row in rows] == [f"k{row[ROW] - 1}" for row in rows]
+    numbers = [int(row.where.rpartition(" ")[2]) - 1 for row in malformed]
+    assert numbers == np.flatnonzero(~good).tolist()
+
+
+# --- pictures as bytes ---------------------------------------------------------------------------
+
+PICTURES = [b"\xff\xd8jpeg", None, b""]
+REFERENCES = ["a.jpg", "b.jpg", None]
+
+
+@pytest.mark.parametrize(
+    ("column", "references", "contents"),
+    [
+        (pa.array(REFERENCES), REFERENCES, [None] * 3),
+        (pa.array(REFERENCES).dictionary_encode(), REFERENCES, [None] * 3),
+        (pa.array(PICTURES), [None] * 3, [PICTURES[0], None, None]),
+        (pa.array(PICTURES, pa.large_binary()), [None] * 3, [PICTURES[0], None, None]),
+        (pa.array([b"abc"] * 3, pa.binary(3)), [None] * 3, [b"abc"] * 3),
+        (
+            pa.array([{"bytes": b, "path": p} for b, p in zip(PICTURES, REFERENCES, strict=True)]),
+            [None, "b.jpg", None],
+            [PICTURES[0], None, None],
+        ),
+        (pa.array([{"bytes": b"x"}, None, {"bytes": None}]), [None] * 3, [b"x", None, None]),
+        (pa.nulls(3), [None] * 3, [None] * 3),
+    ],
+)
+def test_pictures_are_references_or_bytes(
+    tmp_path: Path, column: pa.Array, references: Any, contents: Any
+) -> None:
+    pq.write_table(pa.table({"key": ["1", "2", "3"], "image": column}), tmp_path / "t.parquet")
+    columns = Columns("s", text=("key",), binary=("image",))
+    rows, _ = read(tmp_path / "t.parquet", columns)
+    assert [row["image"] for row in rows] == references
+    assert [row[tables.bytes_column("image")] for row in rows] == contents
+
+
+def test_batches_of_large_pictures_are_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_BATCH_BYTES", 1 << 20)
+    pictures = [bytes([row % 251]) * 40_000 for row in range(100)]
+    table = pa.table({"key": list(map(str, range(100))), "image": pictures})
+    pq.write_table(table, tmp_path / "t.parquet", use_dictionary=False, compression="none")
+    columns = Columns("s", text=("key",), binary=("image",))
+    batches = list(tables.read_batches(locations.find([str(tmp_path / "t.parquet")]), columns, []))
+    assert max(batch.get_total_buffer_size() for batch in batches) < 4 << 20
+    assert sum(map(len, batches)) == 100
+
+
+# --- where files lie -----------------------------------------------------------------------------
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
+        """Write no log."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/forbidden"):
+            self.send_error(403)
+        else:
+            super().do_GET()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_tables_on_a_web_server(served: tuple[Path, str]) -> None:
+    folder, address = served
+    (folder / "parts").mkdir()
+    for name in ("parts/2.parquet", "parts/1.csv.gz"):
+        write(folder / name, [{"key": name, "name": "x", "size": 1.0}])
+    keys = ["parts/1.csv.gz", "parts/2.parquet"]
+    for paths in (
+        [f"{address}/{key}" for key in keys],
+        [f"{address}/parts/"],
+        [f"{address}/parts/*.*"],
+        [f"{address}/{key}?token=a*b" for key in keys],
+    ):
+        batches = tables.read_batches(locations.find(paths), COLUMNS, [])
+        assert [row["key"] for batch in batches for row in batch.to_pylist()] == keys
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("forbidden.csv", "cannot be reached: 403"), ("absent.csv", "no such")]
+)
+def test_a_web_server_that_refuses_is_named(
+    served: tuple[Path, str], name: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        locations.find([f"{served[1]}/{name}"])
+
+
+def test_other_file_systems_and_archives(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/catalogue/1.csv": b"key\na\n", "/catalogue/2.csv": b"key\nb\n"})
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("in/1.csv", "key\nc\n")
+    columns = Columns("s", text=("key",))
+    for path, expected in (
+        ("memory://catalogue", ["a", "b"]),
+        ("memory://catalogue/*2.csv", ["b"]),
+        (f"zip://in/1.csv::{tmp_path}/z.zip", ["c"]),
+    ):
+        batches = tables.read_batches(locations.find([path]), columns, [])
+        assert [row["key"] for batch in batches for row in batch.to_pylist()] == expected
+    memory.rm("/catalogue", recursive=True)
+
+
+def test_a_folder_is_its_tables_without_a_writers_leftovers(tmp_path: Path) -> None:
+    for name in ("_delta_log/0.json", ".hidden.csv", "_temporary/x.csv", "b/2.csv", "1.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("key\nx\n")
+    urls = [file.url for file in locations.find([str(tmp_path)])]
+    assert [url.rpartition(f"{tmp_path.name}/")[2] for url in urls] == ["1.csv", "b/2.csv"]
+    (tmp_path / "a[1].csv").write_text("key\nx\n")
+    assert len(locations.find([str(tmp_path / "a[1].csv")])) == 1
