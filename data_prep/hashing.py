@@ -62,7 +62,11 @@ def bucket_of(hashes: Hashes, num_buckets: int) -> npt.NDArray[np.int64]:
     return ((upper * np.uint64(num_buckets)) >> np.uint64(32)).astype(np.int64)
 
 
-def _words_at_every_byte(data: Any, start: int, stop: int) -> Hashes:
+def _words_at_every_byte(
+    data: Any,  # noqa: ANN401 - a pyarrow buffer
+    start: int,
+    stop: int,
+) -> Hashes:
     """Return the 8-byte word that begins at each byte, zeros behind the end."""
     padded = np.zeros(stop - start + _WORD_BYTES, dtype=np.uint8)
     if stop > start:

@@ -25,6 +25,7 @@ from data_prep.config import InteractionColumns
 from data_prep.hashing import Hashes, bucket_of, hash_keys
 from data_prep.locations import Piece, RawFile
 from data_prep.quarantine import Reason, column_table, count_reasons, make_table
+from data_prep.readers import damage_named
 from data_prep.tables import ROW, Columns, MalformedRow, read_batches
 from data_prep.values import Bools, Ints, to_ratings, to_timestamps
 
@@ -100,11 +101,15 @@ class _Run:
 
 
 def estimate_rows(files: Sequence[RawFile]) -> int:
-    """Guess the number of rows of a log from the sizes of its files and its first file."""
+    """Guess the number of rows of a log from the sizes of its files and its first file.
+
+    Raises:
+        UserError: that file is damaged.
+    """
     first = files[0]
     rows_per_byte = 1 / _TEXT_BYTES_PER_ROW
     if first.suffix in (".parquet", ".pq") and first.size > 0:
-        with first.open() as stream:
+        with damage_named(first), first.open() as stream:
             rows_per_byte = pq.read_metadata(stream).num_rows / first.size
     elif first.compression is not None:
         rows_per_byte *= _PACKING
