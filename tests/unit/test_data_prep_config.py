@@ -1,5 +1,6 @@
 """Settings of data preparation: mistakes are named, results and speed are told apart."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -11,9 +12,10 @@ import yaml
 from alignrec import configuration
 from alignrec.errors import UserError
 from alignrec.stage import ReadsSources
-from data_prep import STAGE
+from data_prep import STAGE, adapters, web
 from data_prep.config import DataPrepConfig
 from data_prep.quarantine import Reason
+from data_prep.sources import PUBLIC_SOURCES
 
 TABLES = {"items": {"path": "i.parquet"}, "interactions": {"path": "l.parquet"}}
 
@@ -38,6 +40,20 @@ def load(**section: Any) -> DataPrepConfig:
         ({**TABLES, "split": {"strategy": "user_time"}}, "needs times"),
         ({**TABLES, "images": {"jpeg_quality": 99}}, "jpeg_quality=99 is above 95"),
         ({"source": "mmrec"}, "data_prep.mmrec.interactions is required"),
+        ({"source": "amazon2023"}, "data_prep.items.path is required"),
+        ({**TABLES, "source": "movielense"}, "Did you mean movielens"),
+        (
+            {**TABLES, "source": "hm", "items": {"path": "x", "columns": {"key": "article_id"}}},
+            "data_prep.items.columns has no effect with source: hm",
+        ),
+        (
+            {**TABLES, "source": "hm", "interactions": {"path": "x", "columns": {"rating": "r"}}},
+            "data_prep.interactions.columns has no effect with source: hm",
+        ),
+        (
+            {**TABLES, "source": "hm", "interactions": {"path": "x", "min_rating": 3}},
+            "the log of source hm has none",
+        ),
         (
             {"items": TABLES["items"], "interactions": {"path": "l", "min_rating": 3}},
             "min_rating needs ratings",
@@ -47,6 +63,38 @@ def load(**section: Any) -> DataPrepConfig:
 def test_mistakes_are_named(section: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(**section)
+
+
+@pytest.mark.parametrize("source", sorted(PUBLIC_SOURCES))
+def test_a_public_dataset_brings_its_columns(source: str) -> None:
+    config = load(**TABLES, source=source, split={"strategy": "user_last_out"})
+    assert config.items.columns == PUBLIC_SOURCES[source].items
+    assert config.interactions.columns == PUBLIC_SOURCES[source].interactions
+    assert dataclasses.replace(config, num_cpus=1).items == config.items
+    again = load(**configuration.to_mapping(config))
+    assert again == config  # the resolved recipe is a recipe
+    formats = {PUBLIC_SOURCES[source].item_format, PUBLIC_SOURCES[source].interaction_format}
+    assert formats - {""} <= adapters.READERS.keys()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://ecx.images-amazon.com/images/I/51fAmVkTbyL._SY300_.jpg",
+        "http://g-ecx.images-amazon.com/images/G/01/x-site/icons/no-img-sm._CB192198896_.gif",
+        "https://images-na.ssl-images-amazon.com/images/I/31.jpg",
+        "https://m.media-amazon.com/images/I/71i77AuI9xL._SL1500_.jpg",
+    ],
+)
+def test_the_amazon_recipe_allows_the_hosts_of_its_pictures(address: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    tree = configuration.expand_variables(
+        configuration.load_yaml(root / "launch/recipes/amazon.yaml")
+    )
+    config = load(**tree["data_prep"])
+    assert config.items.path == "data/amazon/meta_Baby.json.gz"
+    policy = web.Policy(config.images.allowed_schemes, config.images.allowed_hosts)
+    assert web.parse(address, policy).host in address
 
 
 def test_speed_settings_do_not_make_a_result_stale() -> None:
@@ -77,7 +125,7 @@ def test_the_recipes_of_the_documentation_are_valid() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "data_preparation.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     sources = [load(**yaml.safe_load(block)["data_prep"]).source for block in blocks]
-    assert sources == ["table", "synthetic", "table", "mmrec"]
+    assert sources == ["table", "synthetic", "table", "mmrec", "amazon2023", "movielens"]
 
 
 def test_the_documentation_lists_every_reason() -> None:
