@@ -218,8 +218,8 @@ def settle(output: Path) -> None:
 
 def point(link: Path, target: str | Path) -> None:
     """Make ``link`` a symbolic link to ``target`` by rename; what was there is deleted."""
-    spare = link.with_name(f".{link.name}.{os.getpid()}{_WRITING}")
-    spare.unlink(missing_ok=True)
+    spare = link.with_name(f".{link.name}{_WRITING}")
+    spare.unlink(missing_ok=True)  # of a call that was killed
     spare.symlink_to(target)
     if link.is_dir() and not link.is_symlink():
         place(spare, link)

@@ -103,9 +103,17 @@ class Lock:
             if not _is_gone(holder, age):
                 raise UserError(_refusal(self._root, holder, age))
             self._path.unlink()
-        descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self._entry, file)
+        spare = self._root / f".{LOCK}.{self._entry['token']}.writing"
+        spare.write_text(json.dumps(self._entry), encoding="utf-8")
+        try:
+            os.link(spare, self._path)  # all of it or nothing, and only if there is none
+        except FileExistsError:
+            raise UserError(_refusal(self._root, _read(self._path) or _NO_ENTRY, 0.0)) from None
+        except OSError:  # no hard links here
+            with self._path.open("x", encoding="utf-8") as file:
+                json.dump(self._entry, file)
+        finally:
+            spare.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
         return (_read(self._path) or _NO_ENTRY).get("token") == self._entry["token"]

@@ -98,6 +98,8 @@ def recover(root: Path) -> None:
     """Complete what a killed run left between the manifest of a version and its end."""
     for path in sorted(root.glob("*" + _DOOMED)):
         shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(root.glob(".*.writing")):
+        path.unlink(missing_ok=True)
     for draft in sorted(root.glob("*.partial")):
         if _is_number(draft.stem) and (draft / artifacts.MANIFEST).exists():
             _release(draft, root)
