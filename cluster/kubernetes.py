@@ -1,6 +1,6 @@
-"""A recipe as a RayJob of the KubeRay operator (recipe -> manifest)."""
+"""A recipe as a RayJob of the KubeRay operator, a schedule as a CronJob (recipe -> manifest)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -69,6 +69,59 @@ def render(
     return yaml.dump(manifest, Dumper=_PlainDumper, sort_keys=False)
 
 
+def render_cron(
+    *,
+    name: str,
+    cron: str,
+    timezone: str,
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    image: str,
+    deadline_seconds: int | None,
+    retries: int,
+    keep_history: int,
+) -> str:
+    """Return the YAML of a CronJob whose pods submit a recipe to a cluster and follow its job.
+
+    Args:
+        name: name of the CronJob.
+        cron: the five fields.
+        timezone: time zone of ``cron``.
+        command: what a pod runs; its exit code is the job's.
+        variables: environment variables of the recipe.
+        image: image with this checkout as its working directory.
+        deadline_seconds: a run that is later is skipped; None for no limit.
+        retries: further attempts after a failure that is not the user's mistake (exit code 2).
+        keep_history: finished pods that stay, of each kind.
+    """
+    container = {
+        "name": "submit",
+        "image": image,
+        "command": list(command),
+        "env": _environment() + [{"name": k, "value": v} for k, v in sorted(variables.items())],
+    }
+    mistake = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
+    spec: dict[str, Any] = {
+        "schedule": cron,
+        "timeZone": timezone,
+        "concurrencyPolicy": "Forbid",
+        "successfulJobsHistoryLimit": keep_history,
+        "failedJobsHistoryLimit": keep_history,
+        "jobTemplate": {
+            "spec": {
+                "backoffLimit": retries,
+                "podFailurePolicy": {"rules": [mistake]},
+                "template": {"spec": {"restartPolicy": "Never", "containers": [container]}},
+            }
+        },
+    }
+    if deadline_seconds is not None:
+        spec["startingDeadlineSeconds"] = deadline_seconds
+    metadata = {"name": name}
+    manifest = {"apiVersion": "batch/v1", "kind": "CronJob", "metadata": metadata, "spec": spec}
+    return yaml.dump(manifest, Dumper=_PlainDumper, sort_keys=False)
+
+
 def most_ranks(sections: Mapping[str, Any]) -> int:
     """Return the largest ``num_ranks`` of a recipe's sections; 1 where none is set."""
     ranks = [int(s.get("num_ranks", 1)) for s in sections.values() if isinstance(s, Mapping)]
@@ -79,23 +132,27 @@ def _pod(image: str, cpus: int, gpus: int, memory: str, volume_claim: str) -> di
     limits: dict[str, Any] = {"cpu": cpus, "memory": memory}
     if gpus:
         limits["nvidia.com/gpu"] = gpus
-    token = {"secretKeyRef": {"name": _SECRET, "key": "auth_token"}}
     return {
         "containers": [
             {
                 "name": "ray",
                 "image": image,
-                "env": [
-                    {"name": "RAY_AUTH_MODE", "value": "token"},
-                    {"name": "RAY_AUTH_TOKEN", "valueFrom": token},
-                    {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
-                ],
+                "env": _environment(),
                 "resources": {"limits": limits, "requests": limits},
                 "volumeMounts": [{"name": "data", "mountPath": _MOUNT}],
             }
         ],
         "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": volume_claim}}],
     }
+
+
+def _environment() -> list[dict[str, Any]]:
+    token = {"secretKeyRef": {"name": _SECRET, "key": "auth_token"}}
+    return [
+        {"name": "RAY_AUTH_MODE", "value": "token"},
+        {"name": "RAY_AUTH_TOKEN", "valueFrom": token},
+        {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
+    ]
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from alignrec.stage import exit_code
+from launch import recipe as recipes
+from launch import runner, summary
 from launch.arguments import add_address, add_json, add_recipe
+from launch.jobs import Job, Jobs
 from launch.schedule import commands as schedule_commands
 
 Command = Callable[[argparse.Namespace], int]
@@ -39,9 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from launch import recipe as recipes
-    from launch import runner, summary
-
     signal.signal(signal.SIGTERM, _interrupt)
     source = str(Path(options.recipe).absolute()) if Path(options.recipe).is_file() else None
     directory = os.environ.get("ALIGNREC_DIRECTORY")
@@ -76,64 +75,56 @@ def _mute() -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from launch import recipe as recipes
-    from launch import runner
-    from launch.jobs import Jobs
-
     recipe = recipes.load(options.recipe, options.set)
     run_dir = (options.run_dir or Path("runs") / recipe.name).absolute()
     selection = runner.Selection(first=options.first, last=options.last)
     runner.chosen_steps(recipe, selection)
-    further = selection.options
     jobs = Jobs(options.address)
-    job_id = jobs.submit(recipe, run_dir, further)
+    job_id = jobs.submit(recipe, run_dir, selection.options)
     if options.json:
         print(json.dumps({"id": job_id, "run_dir": str(run_dir), "address": jobs.address}))
-        return 0
-    print(job_id)
-    _hint(f"artifacts will be in {run_dir}")
-    _hint(f"watch it:  python -m launch logs {job_id} --follow")
-    _hint(f"stop it:   python -m launch stop {job_id}")
-    _hint(f"dashboard: {jobs.address}")
-    return 0
+    else:
+        print(job_id, flush=True)
+        there = _there(options)
+        _hint(f"artifacts will be in {run_dir}")
+        _hint(f"watch it:  python -m launch logs {job_id} --follow{there}")
+        _hint(f"stop it:   python -m launch stop {job_id}{there}")
+        _hint(f"dashboard: {jobs.address}")
+    return _follow(jobs, job_id, options) if options.follow else 0
 
 
 def _status(options: argparse.Namespace) -> int:
-    from launch.jobs import Jobs
-
     jobs = Jobs(options.address)
     _print_jobs([jobs.get(options.id)] if options.id else jobs.list()[:1], options)
     return 0
 
 
 def _list(options: argparse.Namespace) -> int:
-    from launch.jobs import Jobs
-
     _print_jobs(Jobs(options.address).list(), options)
     return 0
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from launch.jobs import Jobs
-
     jobs = Jobs(options.address)
-    if not options.follow:
-        print(jobs.logs(options.id), end="")
-        return 0
+    if options.follow:
+        return _follow(jobs, options.id, options)
+    print(jobs.logs(options.id), end="")
+    return 0
 
+
+def _follow(jobs: Jobs, job_id: str, options: argparse.Namespace) -> int:
+    """Show what a job prints until it is over; return its exit code."""
     try:
-        job = jobs.follow(options.id, lambda text: print(text, end="", flush=True))
+        job = jobs.follow(job_id, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
-        _hint(f"\nno longer watching; {options.id} goes on. Watch it again:")
-        _hint(f"  python -m launch logs {options.id} --follow")
+        _hint(f"\nno longer watching; {job_id} goes on. Watch it again:")
+        _hint(f"  python -m launch logs {job_id} --follow{_there(options)}")
         return 0
     _hint(f"{job.id} {job.status}" + (f": {job.message}" if job.code and job.message else ""))
     return job.code
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from launch.jobs import Jobs
-
     jobs = Jobs(options.address)
     before = jobs.get(options.id)
     job = jobs.stop(options.id)
@@ -144,7 +135,7 @@ def _stop(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_jobs(jobs: Sequence[Any], options: argparse.Namespace) -> None:
+def _print_jobs(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     if options.json:
         fields = ("id", "status", "command", "started", "ended", "message", "exit_code")
         rows = [{name: getattr(job, name) for name in fields} for job in jobs]
@@ -160,6 +151,11 @@ def _print_jobs(jobs: Sequence[Any], options: argparse.Namespace) -> None:
 
 def _clock(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _there(options: argparse.Namespace) -> str:
+    """Return what a further command needs to reach the same cluster."""
+    return f" --address {options.address}" if options.address else ""
 
 
 def _hint(line: str) -> None:
@@ -186,6 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe(submit)
     add_address(submit)
     add_json(submit)
+    submit.add_argument(
+        "--follow",
+        "-f",
+        action="store_true",
+        help="show what it prints until it is over; exit with its exit code",
+    )
     submit.set_defaults(command=_submit)
 
     status = commands.add_parser("status", help="how a job is doing (default: the newest)")

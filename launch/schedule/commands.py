@@ -1,4 +1,4 @@
-"""Command line: ``python -m launch schedule add | list | history | run | remove | serve``."""
+"""Command line: ``python -m launch schedule add | list | history | run | remove | serve ...``."""
 
 import argparse
 import dataclasses
@@ -8,17 +8,17 @@ import secrets
 import signal
 import sys
 import threading
-import zoneinfo
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from alignrec.errors import UserError
+from cluster import kubernetes
 from cluster.checkout import RECIPES, recipe_path
 from launch import recipe as recipes
 from launch import runner
 from launch.arguments import add_address, add_json, add_recipe
-from launch.schedule import definition
+from launch.schedule import definition, listing
 from launch.schedule.definition import Schedule
 from launch.schedule.serving import Server
 from launch.schedule.store import Folder, stamp
@@ -42,6 +42,11 @@ def add_to(commands: Any) -> None:  # noqa: ANN401 - argparse's action of subpar
     serve.add_argument(
         "--every", type=float, default=_LOOK_SECONDS, metavar="SECONDS", help="time between looks"
     )
+    render = kinds.add_parser("render", help="print a manifest that runs it without this server")
+    cron_job = render.add_subparsers(required=True, metavar="KIND").add_parser(
+        "kubernetes", help="a CronJob whose pods submit to a cluster"
+    )
+    cron_job.add_argument("--image", required=True, help="image with the checkout and its packages")
     actions: tuple[tuple[argparse.ArgumentParser, Callable[..., int]], ...] = (
         (add, _add),
         (listing, _list),
@@ -49,13 +54,14 @@ def add_to(commands: Any) -> None:  # noqa: ANN401 - argparse's action of subpar
         (ask, _ask),
         (remove, _remove),
         (serve, _serve),
+        (cron_job, _render),
     )
     for action, function in actions:
         action.add_argument(
             "--folder", type=Path, help="folder of the schedules (default: ~/.alignrec/schedules)"
         )
         action.set_defaults(command=function)
-    for action in (history, ask, remove):
+    for action in (history, ask, remove, cron_job):
         action.add_argument("name", metavar="NAME")
     for action in (add, listing, history):
         add_json(action)
@@ -151,7 +157,7 @@ def _list(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for name in folder.names():
         try:
-            rows.append(_row(folder, folder.read(name)))
+            rows.append(listing.row(folder, folder.read(name), _now()))
         except UserError as error:
             rows.append({"name": name, "error": str(error)})
     server = folder.server()
@@ -162,53 +168,9 @@ def _list(options: argparse.Namespace) -> int:
         print(f"no schedules in {folder.path}. Add one: python -m launch schedule add --help")
         return 0
     for row in rows:
-        print("\n".join(_lines(row)))
+        print("\n".join(listing.lines(row)))
     print(f"served by {server}" if server else f"NOT SERVED: {_command('serve', options)}")
     return 0
-
-
-def _row(folder: Folder, schedule: Schedule) -> dict[str, Any]:
-    """Return what there is to say of a schedule as plain JSON values."""
-    state = folder.state(schedule)
-    history = folder.history(schedule.name)
-    return {
-        "name": schedule.name,
-        "cron": schedule.cron,
-        "timezone": schedule.timezone,
-        "recipe": schedule.recipe,
-        "run_dir": str(schedule.run_dir),
-        "next": schedule.following(_now()).isoformat(),
-        "active": dataclasses.asdict(state.active) if state.active else None,
-        "queued": state.queued,
-        "last": dataclasses.asdict(history[-1]) if history else None,
-    }
-
-
-def _lines(row: dict[str, Any]) -> list[str]:
-    if "error" in row:
-        return [f"{row['name']}: {row['error']}"]
-    lines = [
-        f"{row['name']}  '{row['cron']}' {row['timezone']}  {row['recipe']}",
-        f"  next    {_in_zone(row['next'], row['timezone'])}",
-    ]
-    active = row["active"]
-    if active:
-        lines.append(f"  now     {_active_line(active, row['timezone'])}")
-    if row["queued"]:
-        lines.append(f"  queued  {_in_zone(row['queued'], row['timezone'])}")
-    if row["last"]:
-        lines.append(f"  last    {_entry_line(row['last'], row['timezone'])}")
-    return lines
-
-
-def _active_line(active: dict[str, Any], timezone: str) -> str:
-    attempt = f", attempt {active['attempt']}" if active["attempt"] > 1 else ""
-    since = _in_zone(active["since"], timezone)
-    if active["phase"] == "waiting":
-        return f"{active['job']} failed; attempt {active['attempt'] + 1} at {since}"
-    if active["phase"] == "running":
-        return f"{active['job']} running since {since}{attempt}"
-    return f"{active['job']} about to be submitted{attempt}: {active['trouble']}".rstrip(": ")
 
 
 def _history(options: argparse.Namespace) -> int:
@@ -222,16 +184,8 @@ def _history(options: argparse.Namespace) -> int:
         following = _local(schedule, schedule.following(_now()))
         print(f"{schedule.name} has not run yet; it runs {following}")
     for entry in entries:
-        print(_entry_line(dataclasses.asdict(entry), schedule.timezone))
+        print(listing.entry_line(dataclasses.asdict(entry), schedule.timezone))
     return 0
-
-
-def _entry_line(entry: dict[str, Any], timezone: str) -> str:
-    code = "" if entry["exit_code"] is None else f" (exit code {entry['exit_code']})"
-    reason = f": {entry['reason']}" if entry["reason"] else ""
-    time = _in_zone(entry["time"], timezone)
-    job = "" if entry["outcome"] == "skipped" else f"  {entry['job']}"
-    return f"{time}  {entry['outcome']}{code}{job}{reason}"
 
 
 def _ask(options: argparse.Namespace) -> int:
@@ -279,18 +233,43 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _render(options: argparse.Namespace) -> int:
+    schedule = Folder(options.folder).read(options.name)
+    if schedule.address is None:
+        raise UserError(
+            f"{schedule.name} has no --address, but a pod of a CronJob needs to know the cluster. "
+            f"Add it again with --replace --address http://HOST:8265."
+        )
+    if schedule.on_overlap == "queue":
+        raise UserError(
+            f"{schedule.name} has --on-overlap queue, which no CronJob can do. Use skip, or have "
+            f"it served: python -m launch schedule serve"
+        )
+    command = ["python", "-m", "launch", "submit", schedule.recipe, "--follow"]
+    command += ["--address", schedule.address, "--run-dir", str(schedule.run_dir)]
+    command += [*schedule.selection.options, *(f"--set={a}" for a in schedule.assignments)]
+    text = kubernetes.render_cron(
+        name=schedule.name,
+        cron=schedule.cron,
+        timezone=schedule.timezone,
+        command=command,
+        variables=schedule.variables,
+        image=options.image,
+        deadline_seconds=None if schedule.deadline is None else round(schedule.deadline),
+        retries=schedule.retries,
+        keep_history=schedule.keep_history,
+    )
+    print(text, end="")
+    return 0
+
+
 def _command(action: str, options: argparse.Namespace) -> str:
     folder = f" --folder {options.folder}" if options.folder else ""
     return f"python -m launch schedule {action}{folder}"
 
 
 def _local(schedule: Schedule, time: datetime.datetime) -> str:
-    return _in_zone(time.isoformat(), schedule.timezone)
-
-
-def _in_zone(time: str, timezone: str) -> str:
-    local = datetime.datetime.fromisoformat(time).astimezone(zoneinfo.ZoneInfo(timezone))
-    return local.strftime("%Y-%m-%d %H:%M %Z")
+    return listing.in_zone(time.isoformat(), schedule.timezone)
 
 
 def _now() -> datetime.datetime:

@@ -13,7 +13,7 @@ from alignrec.errors import UserError
 from launch.runner import Selection
 from launch.schedule import timetable
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _LONGEST_WAIT = datetime.timedelta(hours=1)
 
 
@@ -55,7 +55,7 @@ class Schedule:
         if not _NAME.fullmatch(self.name):
             raise UserError(
                 f"{self.name!r} cannot name a schedule: jobs and files are named after it. Use up "
-                f"to 40 lower-case letters, digits and dashes."
+                f"to 40 lower-case letters, digits and, within, dashes."
             )
         timetable.check(self.cron, self.timezone)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import launch.__main__ as launch_command
 from alignrec.errors import UserError
+from alignrec.testing.processes import free_port
 from launch.jobs import JobExistsError
 from launch.recipe import Recipe
 from launch.schedule import definition, submitting, timetable
@@ -233,7 +235,7 @@ def test_a_mistake_is_one_line_and_adds_nothing(
     assert not Folder().names()
 
 
-@pytest.mark.parametrize("name", ["Nightly", "a/b", "..", "", "-x", "n" * 41, "a.b"])
+@pytest.mark.parametrize("name", ["Nightly", "a/b", "..", "", "-x", "n" * 41, "a.b", "a-"])
 def test_a_name_that_no_file_could_have_is_refused(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,3 +308,46 @@ def test_one_server_serves_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
         assert error.count("\n") == 1
     assert folder.server() is None
     schedule_command("serve", "--every", "0", code=2)
+
+
+def test_a_cron_job_has_what_the_server_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    there = ["--address", address, "--run-dir", "/data/runs/shop", "--until", "data_prep"]
+    limits = ["--deadline", "3600", "--retries", "2", "--keep-history", "7", "--timezone", BERLIN]
+    add("demo", *there, *limits, "--set", "data_prep.max_bad_fraction=0.02")
+    capsys.readouterr()
+    schedule_command("render", "kubernetes", "nightly", "--image", "registry/alignrec:1")
+    manifest = yaml.safe_load(capsys.readouterr().out)
+    assert (manifest["kind"], manifest["metadata"]["name"]) == ("CronJob", "nightly")
+    spec = manifest["spec"]
+    job = spec.pop("jobTemplate")["spec"]
+    assert spec == {
+        "schedule": "0 3 * * *",
+        "timeZone": BERLIN,
+        "concurrencyPolicy": "Forbid",
+        "startingDeadlineSeconds": 3600,
+        "successfulJobsHistoryLimit": 7,
+        "failedJobsHistoryLimit": 7,
+    }
+    assert job["backoffLimit"] == 2
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    command = job["template"]["spec"]["containers"][0]["command"]
+    assert command[:3] == ["python", "-m", "launch"]
+    assert launch_command.main(command[3:]) == 2  # understood: only the cluster is missing
+    assert f"no Ray cluster answers at {address}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ([], "has no --address"),
+        (["--address", "http://ray:8265", "--on-overlap", "queue"], "queue"),
+    ],
+)
+def test_what_a_cron_job_cannot_do_is_refused(
+    options: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add("demo", *options)
+    capsys.readouterr()
+    schedule_command("render", "kubernetes", "nightly", "--image", "registry/alignrec:1", code=2)
+    assert fault in capsys.readouterr().err
