@@ -200,6 +200,20 @@ class PretrainConfig:
     final_rate_fraction: float = option(
         0.05, "the cosine ends at this share of the peak rate", minimum=0, maximum=1
     )
+    layer_decay: float = option(
+        1.0,
+        "factor from a layer's learning rate to that of the layer below, down to the embeddings; "
+        "less than 1 keeps what given weights have learned",
+        minimum=0.01,
+        maximum=1,
+    )
+    ema_decay: float | None = option(
+        None,
+        "the encoder is an exponential moving average of the weights with this decay a step "
+        "(slower at the start); without one, the last weights",
+        minimum=0,
+        maximum=0.99999,
+    )
     weight_decay: float = option(0.05, "AdamW's, on matrices only", minimum=0)
     beta1: float = option(0.9, "AdamW's first moment decay", minimum=0, maximum=0.9999)
     beta2: float = option(0.98, "AdamW's second moment decay", minimum=0, maximum=0.99999)
@@ -209,9 +223,28 @@ class PretrainConfig:
     zero_stage: Literal[0, 1, 2, 3] = option(
         2, "what DeepSpeed ZeRO partitions over ranks", affects_result=False
     )
+    offload: Literal["none", "optimizer", "parameters"] = option(
+        "none",
+        "keep the optimizer's state (ZeRO 1-3), or the parameters as well (ZeRO-3), in the host's "
+        "memory: for models that a GPU cannot hold",
+        affects_result=False,
+    )
     precision: Literal["fp32", "bf16"] = option("fp32", "number format of forward and backward")
+    activation_checkpointing: bool = option(
+        False,
+        "compute each layer again in the backward pass instead of keeping what is inside it",
+        affects_result=False,
+    )
+    compile: bool = option(
+        False,
+        "compile the layers with torch.compile, where a compiler works",
+        affects_result=False,
+    )
     checkpoint_steps: int = option(
         200, "optimizer steps between checkpoints", minimum=1, affects_result=False
+    )
+    keep_checkpoints: int = option(
+        2, "newest checkpoints that stay on disk", minimum=1, affects_result=False
     )
     log_steps: int = option(10, "optimizer steps between log rows", minimum=1, affects_result=False)
     timeout_seconds: float = option(

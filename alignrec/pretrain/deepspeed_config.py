@@ -15,8 +15,10 @@ def deepspeed_settings(config: PretrainConfig, *, num_ranks: int) -> dict[str, A
     optimizer, because DeepSpeed's own CPU Adam is compiled when it is first used.
 
     Raises:
-        UserError: the global batch cannot be split over the ranks, or bf16 without ZeRO.
+        UserError: the global batch cannot be split over the ranks, bf16 without ZeRO, or something
+            offloaded that this ZeRO stage does not take apart.
     """
+    _refuse_offload(config)
     if config.precision == "bf16" and config.zero_stage == 0:
         raise UserError(
             "pretrain.zero_stage=0 with pretrain.precision=bf16 would keep no fp32 copy of the "
@@ -42,4 +44,20 @@ def deepspeed_settings(config: PretrainConfig, *, num_ranks: int) -> dict[str, A
         # sums over micro batches and ranks in fp32, as in an fp32 run
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
+    if config.offload != "none":
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        # torch's AdamW steps on the host; DeepSpeed's own would have to be compiled
+        settings["zero_force_ds_cpu_optimizer"] = False
+    if config.offload == "parameters":
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu"}
     return settings
+
+
+def _refuse_offload(config: PretrainConfig) -> None:
+    needed = {"none": 0, "optimizer": 1, "parameters": 3}[config.offload]
+    if config.zero_stage < needed:
+        raise UserError(
+            f"pretrain.offload={config.offload} has no effect under pretrain.zero_stage="
+            f"{config.zero_stage}, which keeps that whole on every rank. Set zero_stage to "
+            f"{needed} or more, or offload to none."
+        )

@@ -22,8 +22,11 @@ from alignrec.distributed.process_group import Rank
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.deepspeed_config import deepspeed_settings
 from alignrec.pretrain.objective import MaskedBatch, MaskedModel, Predictions
+from alignrec.pretrain.optimizer import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"  # key of the moving average of the weights, beside Adam's moments
+_AVERAGE_START = 10.0
 
 
 class Engine:
@@ -34,10 +37,12 @@ class Engine:
         settings = deepspeed_settings(config, num_ranks=rank.world_size)
         self._gradient_scale = rank.world_size * settings["gradient_accumulation_steps"]
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay),
+            parameter_groups(model, config.weight_decay, layer_decay=config.layer_decay),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
         )
+        self._ema_decay = config.ema_decay
+        self._kept_keys = MOMENTS if config.ema_decay is None else (*MOMENTS, AVERAGE)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
         )
@@ -69,8 +74,34 @@ class Engine:
     def step(self, learning_rate: float) -> None:
         """End a micro step; at the last one of a step the parameters move."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_share"]
         self._engine.step()
+
+    def average(self, step: int) -> None:
+        """Move the average of the weights after optimizer step ``step``, every rank its share.
+
+        The decay rises as (1 + step) / (10 + step) at first, so that the random start is forgotten.
+        """
+        if self._ema_decay is None:
+            return
+        decay = min(self._ema_decay, (1.0 + step) / (_AVERAGE_START + step))
+        for parameter, state in self._optimizer.state.items():
+            state[AVERAGE].lerp_(parameter.detach(), 1.0 - decay)
+
+    def use_average(self) -> None:
+        """Replace the weights by their average, where one is kept; every rank calls it."""
+        if self._ema_decay is None:
+            return
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for _, parameter in self.model.named_parameters():
+            value = self._optimizer_state(parameter, AVERAGE)
+            if not self._keeps_own_state(parameter):
+                safe_set_full_fp32_param(parameter, value)
+            partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+                parameter.data.copy_(value)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full fp32 value) of every parameter; every rank must exhaust it alike."""
@@ -81,16 +112,11 @@ class Engine:
             yield name, (parameter if value is None else value).detach()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield parameters and, as "name/exp_avg", moments; all full and in fp32."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+        """Yield parameters and, as "name/exp_avg", optimizer state; all full and in fp32."""
         yield from self.parameters()
         for name, parameter in self.model.named_parameters():
-            for moment in MOMENTS:
-                if self._keeps_own_state(parameter):
-                    yield f"{name}/{moment}", self._optimizer.state[parameter][moment]
-                else:
-                    yield f"{name}/{moment}", safe_get_full_optimizer_state(parameter, moment)
+            for key in self._kept_keys:
+                yield f"{name}/{key}", self._optimizer_state(parameter, key)
 
     def load_state(self, state: dict[str, Tensor], step: int) -> None:
         """Take over what ``state`` gave after ``step`` optimizer steps, under any ranks and stage.
@@ -103,21 +129,31 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             if self._keeps_own_state(parameter):
                 own = self._optimizer.state[parameter]
-                for moment in MOMENTS:
-                    own[moment].copy_(state[f"{name}/{moment}"])
+                for key in self._kept_keys:
+                    own[key].copy_(state[f"{name}/{key}"])
                 continue
             safe_set_full_fp32_param(parameter, state[name])
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{name}/{moment}"], moment)
+            for key in self._kept_keys:
+                safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"], key)
         for own in self._optimizer.state.values():
             own["step"].fill_(float(step))
+
+    def _optimizer_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """Return a parameter's full state; every rank must ask for it alike."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self._keeps_own_state(parameter):
+            own: Tensor = self._optimizer.state[parameter][key]
+            return own
+        full: Tensor = safe_get_full_optimizer_state(parameter, key)
+        return full
 
     def _keeps_own_state(self, parameter: nn.Parameter) -> bool:
         """Whether DeepSpeed leaves this parameter to the optimizer as it is (ZeRO-0 in fp32)."""
         return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
 
     def _link_optimizer_state(self) -> None:
-        """Create AdamW's state now and tell DeepSpeed where it lies.
+        """Create AdamW's state, and the weights' average, now and tell DeepSpeed where they lie.
 
         DeepSpeed's stages 1 and 2 look for it after the first parameter group's first step, when
         the second group has none yet, so ``safe_get_full_optimizer_state`` fails for that group
@@ -131,23 +167,13 @@ class Engine:
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                if self._ema_decay is not None:
+                    state[AVERAGE] = parameter.detach().clone()
         for parameter in self.model.parameters():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None:
                 flat = groups[mapping.param_group_index]["params"][0]
                 mapping.set_optim_state_fragment(flat, self._optimizer.state[flat])
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return matrices with weight decay, and vectors (biases, LayerNorms, CLS, mask) without."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        (vectors if max(parameter.shape) == parameter.numel() else matrices).append(parameter)
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
 
 
 @contextlib.contextmanager

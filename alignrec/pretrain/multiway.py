@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-5
 SMALL_STD = 0.02
@@ -123,7 +124,12 @@ class PositionEmbedding(nn.Embedding):
 
 
 class MultiwayEncoder(nn.Module):
-    """Positions, layers and the final LayerNorm."""
+    """Positions, layers and the final LayerNorm.
+
+    Attributes:
+        recompute: whether the backward pass computes each layer again instead of keeping what is
+            inside it.
+    """
 
     def __init__(
         self,
@@ -136,6 +142,7 @@ class MultiwayEncoder(nn.Module):
         num_text_positions: int,
     ) -> None:
         super().__init__()
+        self.recompute = False
         self.embed_positions = Multiway(nn.Identity)
         self.embed_positions.A = PositionEmbedding(num_vision_positions, width)
         self.embed_positions.B = PositionEmbedding(num_text_positions, width)
@@ -157,7 +164,13 @@ class MultiwayEncoder(nn.Module):
             streams.text.masked_fill(text_padding[..., None], 0.0),
         )
         for layer in self.layers:
-            streams = layer(streams, keys)
+            if self.recompute and torch.is_grad_enabled():
+                # nothing in a layer is random, so no generator's state needs to be kept
+                streams = checkpoint(
+                    layer, streams, keys, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                streams = layer(streams, keys)
         result: Streams = self.layer_norm(streams)
         return result
 

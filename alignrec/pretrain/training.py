@@ -22,6 +22,7 @@ from alignrec.distributed.process_group import (
     rank_from_environment,
 )
 from alignrec.errors import StageFailure
+from alignrec.pretrain.compilation import compile_layers
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
 from alignrec.pretrain.encoder import save_encoder
@@ -149,6 +150,9 @@ class Trainer:
             self.step = found.step
         self.telemetry.rewind(self.step)
         self._describe(model, resumed=found is not None)
+        model.encoder.encoder.recompute = config.activation_checkpointing
+        if fault := compile_layers(model, config):
+            self.telemetry.say(fault)
         self.engine = Engine(model.to(self.rank.device), config, self.rank)
         if found:
             self.engine.load_state(state, self.step)
@@ -202,6 +206,7 @@ class Trainer:
             tensors=own,
             state={},
             rank=self.rank,
+            keep=self.config.keep_checkpoints,
         )
 
     def _one_step(self, batches: list[MaskedBatch]) -> dict[str, float]:
@@ -227,6 +232,7 @@ class Trainer:
                 bad_items[: len(named)] = named
         *losses_sums, hits_sum, num_items = all_reduce_sum(sums, self.rank).tolist()
         self.step += 1
+        self.engine.average(self.step)
         if not math.isfinite(sum(losses_sums)):
             self._stop(
                 f"the loss is not a number at step {self.step} (among item_index "
@@ -284,6 +290,7 @@ def _load_state(found: checkpoint.Checkpoint) -> dict[str, Tensor]:
 def _finish(trainer: Trainer, draft: artifacts.Draft) -> dict[str, Tensor]:
     """Judge the trained model and return the encoder's weights; every rank takes part."""
     rank, data = trainer.rank, trainer.data
+    trainer.engine.use_average()
     judged = judge(trainer.engine, data, rank, batch_size=data.plan.micro_batch_size)
     for line in _verdict(judged):
         trainer.telemetry.say(line)

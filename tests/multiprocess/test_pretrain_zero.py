@@ -16,8 +16,9 @@ from alignrec.errors import StageFailure
 from alignrec.pretrain import STAGE, training
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import open_training_data
-from alignrec.pretrain.engine import deepspeed_group, parameter_groups
+from alignrec.pretrain.engine import deepspeed_group
 from alignrec.pretrain.objective import build_model
+from alignrec.pretrain.optimizer import parameter_groups
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
 from alignrec.pretrain.word_vectors import read_word_vectors, write_word_vectors
