@@ -208,7 +208,7 @@ class _Preparation:
         self, config: DataPrepConfig, item_keys: pa.Array, numbering: Numbering
     ) -> Ints:
         """Write users and interactions; return the item_index of each key, -1 if it goes."""
-        files = locations.find(paths_of(config.interactions.path))
+        files = config.interaction_files()
         cleaned = interactions.clean(
             files,
             config,
