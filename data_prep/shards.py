@@ -187,14 +187,13 @@ def _make_chunk(
         sha256=shard.sha256,
         tally=json.dumps(dataclasses.asdict(parts.tally)),
     )
-    damaged += earlier.damaged if earlier else []
     _write_done(
         plan,
         chunk,
         bad=dict(parts.bad),
         kept=parts.num_kept,
         fetched=len(parts.pictures) - parts.num_kept,
-        damaged=damaged,
+        damaged=sorted({*damaged, *(earlier.damaged if earlier else [])}),
     )
 
 
