@@ -69,8 +69,9 @@ def read_keys(files: Sequence[RawFile], columns: ItemColumns, quarantine: Quaran
     good = keys.filter(pa.array(is_good))
     if not len(good):
         raise UserError(
-            f"the item table has no item with a key ({len(keys):,} rows read), so there is nothing "
-            f"to prepare. Check data_prep.items.path and {SETTING}.key."
+            f"{files[0].url}{f' and {len(files) - 1} more files' if files[1:] else ''}: the item "
+            f"table has no item with a key ({len(keys):,} rows read), so there is nothing to "
+            f"prepare. Check data_prep.items.path and {SETTING}.key."
         )
     return Keys(good, is_good, len(keys), len(malformed))
 
