@@ -126,15 +126,16 @@ def test_a_submitted_run_makes_what_a_local_run_makes(commands: Commands) -> Non
 
 
 def test_a_failed_job_hands_on_its_exit_code(commands: Commands) -> None:
-    (commands.folder / "missing").mkdir()
-    job = commands.submit(
-        "missing",
+    nowhere = [
         "data_prep.source=table",
         "data_prep.synthetic=null",
         "data_prep.items.path=/nowhere/items.parquet",
         "data_prep.interactions.path=/nowhere/log.parquet",
-    )
-    followed = commands("launch", "logs", job, "--follow", code=2)
+    ]
+    recipe, run_dir = str(commands.folder / "tiny.yaml"), str(commands.folder / "missing")
+    options = ["--run-dir", run_dir, "--follow", *(f"--set={word}" for word in nowhere)]
+    followed = commands("launch", "submit", recipe, *options, code=2)
+    job = followed.stdout.splitlines()[0]
     assert "error: /nowhere/items.parquet: no such file" in followed.stdout
     listed = json.loads(commands("launch", "status", job, "--json").stdout)
     assert [(entry["status"], entry["exit_code"]) for entry in listed] == [("failed", 2)]
