@@ -72,6 +72,8 @@ def test_cluster_commands_without_a_cluster(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_commands_are_documented() -> None:
     guide = (Path(launch_command.__file__).parents[1] / "docs" / "running.md").read_text()
-    for command in ("run", "submit", "status", "logs", "stop", "list"):
+    for command in ("run", "submit", "status", "logs", "stop", "list", "schedule"):
         assert f"python -m launch {command}" in guide
+    for action in ("add", "list", "history", "run", "remove", "serve"):
+        assert f"python -m launch schedule {action}" in guide
     assert sys.executable not in guide
