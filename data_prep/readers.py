@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignrec.configuration import nearest
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 from data_prep.locations import Piece, RawFile, is_foreign
 
 ROW = ":row"  # a name that no table of a user's has
@@ -86,23 +86,39 @@ def unpacked(file: RawFile) -> Any:  # noqa: ANN401 - a pyarrow stream
 
 @contextlib.contextmanager
 def damage_named(file: RawFile) -> Iterator[None]:
-    """Turn what pyarrow and file systems say of a damaged file into the user's mistake."""
+    """Turn what pyarrow and file systems say of a file into one line that names it.
+
+    Raises:
+        UserError: the file is damaged or of another format.
+        StageFailure: its server failed; the same command may do better.
+    """
     try:
         yield
+    except (pa.ArrowException, UnicodeError, EOFError) as error:
+        raise _damaged(file, error) from error
     except UserError:
         raise
     except Exception as error:
-        if not (isinstance(error, (OSError, UnicodeError, EOFError)) or is_foreign(error)):
-            raise
-        if "straddling object" in str(error):
-            raise UserError(
-                f"{file.url} has a row longer than {MAX_ROW_BYTES:,} bytes, or a quote that is "
-                f"never closed: it cannot be read row by row. Correct that row."
+        if isinstance(error, (TimeoutError, ConnectionError)) or is_foreign(error):
+            raise StageFailure(
+                f"{file.url} could not be read to its end: {type(error).__name__} {short(error)}. "
+                f"Run the same command again; if it fails again, look after that server."
             ) from error
-        raise UserError(
-            f"{file.url} cannot be read as {file.suffix[1:]}: {short(error)}. The file is "
-            f"damaged or of another format; write it again or correct the suffix."
-        ) from error
+        if isinstance(error, OSError):
+            raise _damaged(file, error) from error
+        raise
+
+
+def _damaged(file: RawFile, error: BaseException) -> UserError:
+    if "straddling object" in str(error):
+        return UserError(
+            f"{file.url} has a row longer than {MAX_ROW_BYTES:,} bytes, or a quote that is "
+            f"never closed: it cannot be read row by row. Correct that row."
+        )
+    return UserError(
+        f"{file.url} cannot be read as {file.suffix[1:]}: {short(error)}. The file is "
+        f"damaged or of another format; write it again or correct the suffix."
+    )
 
 
 def check_columns_present(file: RawFile, columns: Columns, present: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 from data_prep import delimited, json_lines, locations, readers, tables
 from data_prep.tables import ROW, Columns, MalformedRow
 
@@ -496,6 +496,11 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.startswith("/forbidden"):
             self.send_error(403)
+        elif self.path.startswith("/cut"):
+            self.send_response(200)
+            self.send_header("Content-Length", "99999")
+            self.end_headers()
+            self.wfile.write(b"key\nx\n")
         else:
             super().do_GET()
 
@@ -535,6 +540,13 @@ def test_a_web_server_that_refuses_is_named(
 ) -> None:
     with pytest.raises(UserError, match=message):
         locations.find([f"{served[1]}/{name}"])
+
+
+def test_a_connection_that_breaks_is_no_mistake_of_the_users(served: tuple[Path, str]) -> None:
+    (served[0] / "cut.csv").write_text("key\nx\n" * 100)
+    files = locations.find([f"{served[1]}/cut.csv"])
+    with pytest.raises(StageFailure, match=r"cut\.csv could not be read to its end: Client"):
+        list(tables.read_batches(files, Columns("s", text=("key",)), []))
 
 
 def test_other_file_systems_and_archives(tmp_path: Path) -> None:
