@@ -2,16 +2,20 @@
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alignrec.configuration import load_yaml
+from alignrec.configuration import load_yaml, variables
 from alignrec.errors import UserError
 from alignrec.stage import exit_code
 from cluster import checkout, kubernetes, state
 
 _DASHBOARD_PORT = 8265
+_LEAST_STORE_MB = 80  # Ray's own minimum, a little over 75 MB
+_KUBERNETES_NAME = re.compile(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _up(options: argparse.Namespace) -> None:
     from cluster import local_cluster
 
+    _check_range("--hosts", options.hosts, least=1)
+    _check_range("--num-cpus", options.num_cpus, least=1)
+    _check_range("--object-store-mb", options.object_store_mb, least=_LEAST_STORE_MB)
+    for option, port in (("--port", options.port), ("--dashboard-port", options.dashboard_port)):
+        _check_range(option, port, least=0, most=65535)
     record = local_cluster.up(
         hosts=options.hosts,
         num_cpus=options.num_cpus,
@@ -39,6 +48,13 @@ def _up(options: argparse.Namespace) -> None:
     print(f"dashboard:  {record.dashboard_url} (it asks for the token: ray get-auth-token)")
     print("next:       python -m launch submit demo    or    python -m launch run demo")
     print("stop it:    python -m cluster down")
+
+
+def _check_range(option: str, value: int | None, *, least: int, most: int | None = None) -> None:
+    if value is None or (value >= least and (most is None or value <= most)):
+        return
+    bounds = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+    raise UserError(f"{option} {value} is out of range: no cluster would come up. Use {bounds}.")
 
 
 def _down(options: argparse.Namespace) -> None:  # noqa: ARG001
@@ -88,11 +104,19 @@ def _status(options: argparse.Namespace) -> None:
 def _render(options: argparse.Namespace) -> None:
     if options.gpus_per_host and options.cpus_per_host < 1:
         raise UserError("--cpus-per-host must be at least 1: every rank needs a CPU.")
+    name = options.name or Path(options.recipe).stem.replace("_", "-").lower()
+    if not _KUBERNETES_NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} cannot name a RayJob: Kubernetes would refuse it. Give a --name of up to 47 "
+            f"lower-case letters, digits and dashes that begins with a letter."
+        )
     recipe = load_yaml(checkout.recipe_path(options.recipe))
+    named = sorted(variables(recipe))
     print(
         kubernetes.render(
             recipe,
-            name=options.name or Path(options.recipe).stem,
+            name=name,
+            variables={word: os.environ[word] for word in named if word in os.environ},
             recipe=options.recipe,
             image=options.image,
             run_dir=options.run_dir,

@@ -15,6 +15,7 @@ def render(
     *,
     name: str,
     recipe: str,
+    variables: Mapping[str, str],
     image: str,
     run_dir: str,
     hosts: int | None,
@@ -29,6 +30,7 @@ def render(
         sections: the recipe's sections.
         name: name of the job, lower-case letters, digits and dashes.
         recipe: the recipe as the job's command names it.
+        variables: environment variables of the recipe.
         image: image with this checkout as its working directory.
         run_dir: where the run's artifacts go, below the mounted volume.
         hosts: worker pods; None for as many as the largest stage has ranks.
@@ -37,12 +39,12 @@ def render(
         memory: memory of a pod in Kubernetes' spelling.
         volume_claim: a volume claim that all pods can write.
     """
-    pod = _pod(image, cpus_per_host, gpus_per_host, memory, volume_claim)
+    pod = _pod(image, variables, cpus_per_host, gpus_per_host, memory, volume_claim)
     workers = hosts or most_ranks(sections)
     manifest = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": {"name": name.replace("_", "-").lower()},
+        "metadata": {"name": name},
         "spec": {
             "entrypoint": f"python -m launch run {recipe} --run-dir {run_dir}",
             "shutdownAfterJobFinishes": True,
@@ -98,7 +100,7 @@ def render_cron(
         "name": "submit",
         "image": image,
         "command": list(command),
-        "env": _environment() + [{"name": k, "value": v} for k, v in sorted(variables.items())],
+        "env": _environment(variables),
     }
     mistake = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
     spec: dict[str, Any] = {
@@ -128,7 +130,14 @@ def most_ranks(sections: Mapping[str, Any]) -> int:
     return max([1, *ranks])
 
 
-def _pod(image: str, cpus: int, gpus: int, memory: str, volume_claim: str) -> dict[str, Any]:
+def _pod(
+    image: str,
+    variables: Mapping[str, str],
+    cpus: int,
+    gpus: int,
+    memory: str,
+    volume_claim: str,
+) -> dict[str, Any]:
     limits: dict[str, Any] = {"cpu": cpus, "memory": memory}
     if gpus:
         limits["nvidia.com/gpu"] = gpus
@@ -137,7 +146,7 @@ def _pod(image: str, cpus: int, gpus: int, memory: str, volume_claim: str) -> di
             {
                 "name": "ray",
                 "image": image,
-                "env": _environment(),
+                "env": _environment(variables),
                 "resources": {"limits": limits, "requests": limits},
                 "volumeMounts": [{"name": "data", "mountPath": _MOUNT}],
             }
@@ -146,12 +155,13 @@ def _pod(image: str, cpus: int, gpus: int, memory: str, volume_claim: str) -> di
     }
 
 
-def _environment() -> list[dict[str, Any]]:
+def _environment(variables: Mapping[str, str]) -> list[dict[str, Any]]:
     token = {"secretKeyRef": {"name": _SECRET, "key": "auth_token"}}
     return [
         {"name": "RAY_AUTH_MODE", "value": "token"},
         {"name": "RAY_AUTH_TOKEN", "valueFrom": token},
         {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
+        *({"name": name, "value": value} for name, value in sorted(variables.items())),
     ]
 
 

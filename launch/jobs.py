@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import re
 import secrets
 import shlex
 import time
@@ -20,6 +21,7 @@ from cluster import checkout, environment, state
 from launch.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
+_ADDRESS = re.compile(r"https?://[^\s/]+(/\S*)?")
 _POLL_SECONDS = 1.0
 _SILENCE_SECONDS = 60.0
 _STOP_SECONDS = 60.0
@@ -68,7 +70,7 @@ class Jobs:
     """
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = address or _default_address()
+        self.address = check_address(address) if address else _default_address()
         environment.prepare(loopback=True)
         from ray.job_submission import JobSubmissionClient
 
@@ -241,6 +243,20 @@ def _job(details: Any) -> Job:  # noqa: ANN401 - ray.job_submission.JobDetails
         message=_first(details.message or ""),
         exit_code=details.driver_exit_code,
     )
+
+
+def check_address(address: str) -> str:
+    """Return the address of a job API if it has the form of one.
+
+    Raises:
+        UserError: it has not; Ray would take it for something else.
+    """
+    if not _ADDRESS.fullmatch(address):
+        raise UserError(
+            f"--address {address} is no address of a job API. Write it as http://HOST:8265, the "
+            f"address of the cluster's dashboard."
+        )
+    return address
 
 
 def _default_address() -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from alignrec import configuration
 from alignrec.configuration import option
 from alignrec.errors import UserError
+from launch.jobs import check_address
 from launch.runner import Selection
 from launch.schedule import timetable
 
@@ -58,6 +59,8 @@ class Schedule:
                 f"to 40 lower-case letters, digits and, within, dashes."
             )
         timetable.check(self.cron, self.timezone)
+        if self.address is not None:
+            check_address(self.address)
 
     @property
     def selection(self) -> Selection:

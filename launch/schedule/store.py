@@ -182,18 +182,28 @@ class Folder:
             yield
 
     def server(self) -> str | None:
-        """Return which process serves the folder; None when none does."""
-        return lock.holder(self.path / _LOCK)
+        """Return which process serves the folder; None when none does.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
+        try:
+            return lock.holder(self.path / _LOCK)
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def _make(self) -> None:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.path / _LOCK).touch()
         except OSError as error:
-            raise UserError(
-                f"the folder of the schedules {self.path} cannot be used ({error.strerror}). "
-                f"Choose another with --folder."
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(
+            f"the folder of the schedules {self.path} cannot be used ({error.strerror}). Choose "
+            f"another with --folder."
+        )
 
     def _file(self, name: str, ending: str) -> Path:
         return self.path / f"{name}{ending}"

@@ -108,8 +108,9 @@ def test_the_follower_waits_for_the_file(tmp_path: Path) -> None:
 def test_the_manifest_has_a_worker_for_every_rank() -> None:
     text = kubernetes.render(
         {"pretrain": {"num_ranks": 3}, "align": None, "graph": {}},
-        name="my_run",
+        name="my-run",
         recipe="production",
+        variables={"ALIGNREC_LOG": "s3://bucket/log"},
         image="registry/alignrec:1",
         run_dir="/data/runs/production",
         hosts=None,

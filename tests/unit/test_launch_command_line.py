@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import cluster.__main__ as cluster_command
 import launch.__main__ as launch_command
@@ -61,6 +62,46 @@ def test_no_cluster_answers(capsys: pytest.CaptureFixture[str]) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     error = mistake(capsys, "list", "--address", address)
     assert f"no Ray cluster answers at {address}" in error
+
+
+@pytest.mark.parametrize("address", ["localhost:8265", "ray://head:10001", "auto", "http://"])
+def test_an_address_of_another_kind(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["list"], ["submit", "demo"], ["logs", "x"]):
+        assert "Write it as http://HOST:8265" in mistake(capsys, *command, "--address", address)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["up", "--hosts", "0"],
+        ["up", "--num-cpus", "0"],
+        ["up", "--object-store-mb", "10"],
+        ["up", "--dashboard-port", "65536"],
+        ["up", "--port", "-1"],
+    ],
+)
+def test_sizes_that_no_cluster_can_have(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cluster_command.main(options) == 2
+    error = capsys.readouterr().err
+    assert f"{options[1]} {options[2]} is out of range" in error
+    assert error.count("\n") == 1
+
+
+def test_a_manifest_has_the_variables_and_a_name_that_kubernetes_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGNREC_LOG", "s3://bucket/log")
+    command = ["render", "kubernetes", "production", "--image", "registry/alignrec:1"]
+    command += ["--run-dir", "/data/runs/shop", "--volume-claim", "shared"]
+    assert cluster_command.main(command) == 0
+    manifest = yaml.safe_load(capsys.readouterr().out)
+    assert manifest["metadata"]["name"] == "production"
+    pod = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert {"name": "ALIGNREC_LOG", "value": "s3://bucket/log"} in pod["containers"][0]["env"]
+    assert cluster_command.main([*command, "--name", "Shop.1"]) == 2
+    assert "'Shop.1' cannot name a RayJob" in capsys.readouterr().err
 
 
 def test_cluster_commands_without_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:

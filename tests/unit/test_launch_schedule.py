@@ -222,6 +222,7 @@ def test_variables_of_the_recipe_are_remembered(
         (["demo", "--retries", "-1"], "schedule.retries=-1 is out of range"),
         (["demo", "--deadline", "0"], "schedule.deadline=0"),
         (["demo", "--keep-history", "0"], "schedule.keep_history=0"),
+        (["demo", "--address", "ray:8265"], "Write it as http://HOST:8265"),
         (["demo", "--folder", "/proc/nowhere"], "/proc/nowhere cannot be used"),
     ],
 )
@@ -297,6 +298,15 @@ def test_a_damaged_file_is_one_line_and_the_others_are_listed(
     assert "error" not in rows["good"]
     schedule_command("remove", "bad")
     assert Folder().names() == ["good"]
+
+
+def test_a_folder_that_is_a_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for action in ("list", "serve"):
+        schedule_command(action, "--folder", "file", code=2)
+        assert "file cannot be used (" in capsys.readouterr().err
 
 
 def test_one_server_serves_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
