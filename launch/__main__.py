@@ -146,7 +146,8 @@ def _print_jobs(jobs: Sequence[Job], options: argparse.Namespace) -> None:
     for job in jobs:
         begun = _clock(job.started) if job.started else "not started"
         took = f", {job.ended - job.started:.0f} s" if job.started and job.ended else ""
-        print(f"{job.id}  {job.status}  {begun}{took}")
+        why = f": {job.message}" if job.status == "failed" and job.message else ""
+        print(f"{job.id}  {job.status}  {begun}{took}{why}")
 
 
 def _clock(seconds: float) -> str:

@@ -22,6 +22,7 @@ from launch.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
 _ADDRESS = re.compile(r"https?://[^\s/]+(/\S*)?")
+_REPORT = re.compile(r"^(?:error|failed): .*$", re.MULTILINE)  # as the command line reports
 _POLL_SECONDS = 1.0
 _SILENCE_SECONDS = 60.0
 _STOP_SECONDS = 60.0
@@ -37,7 +38,7 @@ class Job:
         command: what it runs.
         started: unix seconds; None before it started.
         ended: unix seconds; None before it ended.
-        message: what Ray says of it.
+        message: what it says of its end, else what Ray says of it.
         exit_code: of its command; None before it ended or when it was killed.
     """
 
@@ -240,7 +241,7 @@ def _job(details: Any) -> Job:  # noqa: ANN401 - ray.job_submission.JobDetails
         command=details.entrypoint,
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
-        message=_first(details.message or ""),
+        message=_reason(details.message or ""),
         exit_code=details.driver_exit_code,
     )
 
@@ -287,6 +288,12 @@ def _variables(job_id: str, directory: Path, recipe: Recipe) -> dict[str, str]:
     commit = artifacts.producer()["commit"]
     variables |= {"ALIGNREC_COMMIT": commit} if commit else {}
     return variables | recipe.variables()
+
+
+def _reason(message: str) -> str:
+    """Return the line of a job's last output that says why it ended, else Ray's own first line."""
+    said = _REPORT.findall(message)
+    return said[-1].strip() if said else _first(message)
 
 
 def _first(error: object) -> str:

@@ -139,6 +139,7 @@ def test_a_failed_job_hands_on_its_exit_code(commands: Commands) -> None:
     assert "error: /nowhere/items.parquet: no such file" in followed.stdout
     listed = json.loads(commands("launch", "status", job, "--json").stdout)
     assert [(entry["status"], entry["exit_code"]) for entry in listed] == [("failed", 2)]
+    assert listed[0]["message"].startswith("error: /nowhere/items.parquet: no such file")
 
 
 def test_a_running_job_shows_its_metrics_and_stops(commands: Commands) -> None:
