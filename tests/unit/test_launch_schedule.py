@@ -86,6 +86,19 @@ def test_one_step_at_a_time_finds_the_same_times(cron: str) -> None:
     assert stepped == sorted(set(stepped))
 
 
+@pytest.mark.parametrize(
+    "timezone", ["America/Santiago", "Asia/Beirut", "Australia/Lord_Howe", "Atlantic/Azores"]
+)
+def test_every_day_has_its_time_once_where_clocks_change_at_midnight(timezone: str) -> None:
+    zone = zoneinfo.ZoneInfo(timezone)
+    first = datetime.datetime(2026, 1, 1, tzinfo=zone).astimezone(UTC)
+    before = first - datetime.timedelta(seconds=1)
+    until = first + datetime.timedelta(days=364, hours=12)
+    times = timetable.between("0 0 * * *", timezone, before, until)
+    days = [time.astimezone(zone).date() for time in times]
+    assert days == [datetime.date(2026, 1, 1) + datetime.timedelta(days=n) for n in range(365)]
+
+
 def test_the_times_of_a_long_absence_are_bounded() -> None:
     times = timetable.between("0 3 * * *", "UTC", utc("1970-01-01"), utc("2026-01-01"))
     assert 365 <= len(times) <= 367
