@@ -97,7 +97,7 @@ def clean(
     num_buckets = -(-max(log.estimate_rows(files), 1) // config.interactions.rows_per_task)
     # What a run with other buckets or items left is of no use to this one.
     state = hashlib.blake2b(hash_keys(item_keys).tobytes(), digest_size=8).hexdigest()
-    folder = work / f"interactions-{num_buckets}-{state}"
+    folder = work.absolute() / f"interactions-{num_buckets}-{state}"  # tasks run elsewhere
     folder.mkdir(parents=True, exist_ok=True)
     units.save_strings(folder / "item_keys.arrow", item_keys)
     log_plan = LogPlan(
