@@ -16,22 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from alignrec.data.schema import INTERACTIONS
 from alignrec.distributed.exchange import Exchange
-from alignrec.distributed.process_group import new_group, process_group
+from alignrec.distributed.process_group import Rank, new_group, process_group
 from alignrec.graph import schema
 from alignrec.graph.config import GraphConfig
-from alignrec.graph.edges import WholeGraph, whole_graph
-from alignrec.graph.layout import write_partitions
+from alignrec.graph.edges import GraphStreams, count_degrees
+from alignrec.graph.layout import write_maps, write_partition
 from alignrec.graph.loader import TripleLoader, TripleSettings
-from alignrec.graph.partition import partition_facts, partitioner
+from alignrec.graph.partition import partitioner
+from alignrec.graph.scattering import scatter_edges
+from alignrec.graph.similarity import write_similarity
 from alignrec.graph.stores import PartitionedGraph
 from alignrec.testing.processes import run_ranks
 
 
-def power_law_graph(num_users: int, num_items: int, num_edges: int, k: int) -> WholeGraph:
+def write_power_law_log(
+    path: Path, num_users: int, num_items: int, num_edges: int, rows_per_group: int = 1 << 20
+) -> None:
     """Users and items in 64 loose communities; popularity falls with rank ** -0.8."""
     rng = np.random.default_rng(0)
 
@@ -47,37 +53,51 @@ def power_law_graph(num_users: int, num_items: int, num_edges: int, k: int) -> W
         items = np.where(rng.random(num_edges) < 0.7, near, items)
         pairs = np.union1d(pairs, users * num_items + items)
     pairs = np.sort(rng.permutation(pairs)[:num_edges])
-    chosen = rng.integers(0, num_items, size=(num_items, k))
-    rows = np.repeat(np.arange(num_items), k)
-    similar = sp.csr_matrix((np.ones(rows.size), (rows, chosen.ravel())), (num_items, num_items))
-    similar = (similar.maximum(similar.T) / k).tocsr().astype(np.float32)
-    return whole_graph(
-        pairs // num_items,
-        pairs % num_items,
-        num_users=num_users,
-        num_items=num_items,
-        similar=similar,
-    )
+    columns = {
+        "user_index": pairs // num_items,
+        "item_index": pairs % num_items,
+        "rating": pa.nulls(num_edges, pa.float32()),
+        "timestamp": pa.nulls(num_edges, pa.int64()),
+    }
+    pq.write_table(pa.table(columns, schema=INTERACTIONS), path, row_group_size=rows_per_group)
 
 
-def write(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def write(folder: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Write the partitioned graph and return facts about it."""
-    graph = power_law_graph(options.users, options.items, options.edges, k=10)
-    config = GraphConfig(num_partitions=2, partition_method=options.method)
-    started = time.monotonic()
-    parts = partitioner(config).assign(graph, config.num_partitions)
-    seconds = time.monotonic() - started
-    features = np.random.default_rng(1).normal(size=(options.items, 64)).astype(np.float32)
-    write_partitions(folder, graph, parts, num_partitions=config.num_partitions, features=features)
-    np.save(
-        schema.train_items_path(folder),
-        np.flatnonzero(graph.degree[schema.ITEM]).astype(np.int32),
+    log = work / "train.parquet"
+    write_power_law_log(log, options.users, options.items, options.edges)
+    rng = np.random.default_rng(1)
+    similar = write_similarity(
+        rng.integers(options.items, size=(options.items, 10), dtype=np.int32),
+        np.ones((options.items, 10), np.float32),
+        work / "similar",
+        weight="cosine",
+        symmetric=True,
     )
-    facts = partition_facts(graph, parts, config.num_partitions)
+    features = rng.normal(size=(options.items, 64)).astype(np.float32)
+    degree = count_degrees(log, num_users=options.users, num_items=options.items)
+    graph = GraphStreams(log, degree, similar)
+    config = GraphConfig(num_partitions=options.partitions, partition_method=options.method)
+    started = time.monotonic()
+    parts = partitioner(config, graph, work / "restreaming").assign(graph, options.partitions)
+    assigned = time.monotonic()
+    scattered = scatter_edges(
+        graph, parts, work / "edges", num_partitions=options.partitions, rank=Rank()
+    )
+    for partition in range(options.partitions):
+        write_partition(folder, graph, scattered, parts, partition, features=features)
+    write_maps(
+        folder, graph, scattered, parts, num_partitions=options.partitions, features=features
+    )
+    train_items = np.flatnonzero(degree[schema.ITEM]).astype(np.int32)
+    np.save(schema.train_items_path(folder), train_items)
+    facts = scattered.facts(parts, options.partitions)
     return {
-        "edges": len(graph.edges[schema.RATES]),
-        "partition_seconds": round(seconds, 1),
+        "edges": graph.num_edges[schema.RATES],
+        "partition_seconds": round(assigned - started, 1),
+        "write_seconds": round(time.monotonic() - assigned, 1),
         "cut": facts["edge_cut"]["user__rates__item"],
+        "balance": facts["balance"],
     }
 
 
@@ -109,13 +129,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2048, help="triples of a rank in a step")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--method", choices=("metis", "hash"), default="hash")
+    parser.add_argument("--method", choices=("metis", "streaming", "hash"), default="hash")
+    parser.add_argument("--partitions", type=int, default=2)
     parser.add_argument("--without-content", action="store_true")
     parser.add_argument("--graph", type=Path, help="folder to keep the graph in")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as spare:
+    with tempfile.TemporaryDirectory() as spare, tempfile.TemporaryDirectory() as work:
         folder = options.graph or Path(spare)
-        facts = {} if schema.meta_path(folder).exists() else write(folder, options)
+        facts = {} if schema.meta_path(folder).exists() else write(folder, Path(work), options)
         ranks = run_ranks(measure, options.ranks, folder, options, timeout_seconds=900)
     slowest = max(rank["seconds"] for rank in ranks)
     result = {

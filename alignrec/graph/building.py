@@ -1,30 +1,34 @@
-"""Graph stage: training interactions and content features in, edges and partitions out."""
+"""Graph stage: training interactions and content features in, edges and partitions out.
+
+Ranks share the nearest-neighbour search and the writing of partitions; no rank holds all edges,
+but for METIS, which is for graphs that one process can hold.
+"""
 
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
-import torch
 
 from alignrec import artifacts, configuration
 from alignrec.artifacts import Draft, partial_path
 from alignrec.data import schema as dataset_schema
 from alignrec.data.embeddings import check_same_dataset
-from alignrec.distributed.process_group import barrier, process_group
+from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.errors import UserError
-from alignrec.graph import knn, schema
+from alignrec.graph import layout, schema
 from alignrec.graph.config import GraphConfig
-from alignrec.graph.edges import WholeGraph, whole_graph
-from alignrec.graph.layout import write_partitions
-from alignrec.graph.partition import partition_facts, partitioner
+from alignrec.graph.edges import GraphStreams, count_degrees
+from alignrec.graph.partition import Assignment, partitioner
+from alignrec.graph.scattering import ScatteredEdges, scatter_edges
+from alignrec.graph.schema import ITEM, NODE_TYPES, USER
 from alignrec.graph.searching import Search
+from alignrec.graph.similarity import open_similarity, pack_similarity, write_similarity
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
 
-# The ranks wait for each other after searches of very different length.
-_SEARCH_TIMEOUT_SECONDS = 3600.0
+# The ranks wait for each other after searches of very different length, and for the partitioner.
+_TIMEOUT_SECONDS = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,64 +36,58 @@ class Inputs:
     """What the graph is built from.
 
     Attributes:
-        users: user_index of each training interaction.
-        items: item_index of each training interaction.
+        interactions: parquet file of the training interactions.
+        num_users: number of users, with or without interactions.
+        num_items: number of items.
         features: (num_items, dim), memory-mapped.
     """
 
-    users: npt.NDArray[np.int64]
-    items: npt.NDArray[np.int64]
+    interactions: Path
     num_users: int
     num_items: int
     features: npt.NDArray[np.floating]
 
 
 def run(config: GraphConfig, context: Context) -> None:
-    """Build the graph artifact; several ranks share the nearest-neighbour search."""
+    """Build the graph artifact; collective."""
     with (
-        process_group(timeout_seconds=_SEARCH_TIMEOUT_SECONDS) as rank,
+        process_group(timeout_seconds=_TIMEOUT_SECONDS) as rank,
         Telemetry(context.log_dir, "graph", enabled=rank.is_first) as telemetry,
     ):
         inputs = read_inputs(context.inputs["dataset"], context.inputs["features"])
+        draft = Draft(partial_path(context.output))
         if rank.is_first:
             artifacts.open_draft(context.output, fingerprint=context.fingerprint)
+            write_degrees(inputs, draft.work)
         barrier(rank)
-        draft = Draft(partial_path(context.output))
         search = Search(config, inputs.features, draft.work, rank, telemetry)
         facts = search.run()
-        if not rank.is_first:
-            return
-        search.write(draft.path, facts)
-        draft.facts.update(facts)
-        similar = read_similarity(config, draft.path)
-        graph = whole_graph(
-            inputs.users,
-            inputs.items,
-            num_users=inputs.num_users,
-            num_items=inputs.num_items,
-            similar=similar,
-        )
-        write_graph(config, inputs, graph, similar, draft, telemetry)
-        artifacts.publish(
-            draft,
-            context.output,
-            kind="graph",
-            fingerprint=context.fingerprint,
-            config=configuration.to_mapping(config),
-            inputs={kind: context.inputs[kind] for kind in ("dataset", "features")},
-        )
+        if rank.is_first:
+            search.write(draft.path, facts)
+            draft.facts.update(facts)
+            write_item_graph(config, draft)
+        barrier(rank)
+        write_graph(config, inputs, draft, rank, telemetry)
+        if rank.is_first:
+            artifacts.publish(
+                draft,
+                context.output,
+                kind="graph",
+                fingerprint=context.fingerprint,
+                config=configuration.to_mapping(config),
+                inputs={kind: context.inputs[kind] for kind in ("dataset", "features")},
+            )
 
 
 def read_inputs(dataset: Path, features: Path) -> Inputs:
-    """Read the dataset's training interactions and map the features.
+    """Map the features and look whether they are those of the dataset.
 
     Raises:
-        UserError: there is nothing to build a graph from, or the inputs do not fit each other.
+        UserError: the inputs do not fit each other.
     """
     counts = artifacts.read(dataset, "dataset").counts
     num_users, num_items = counts["num_users"], counts["num_items"]
     check_same_dataset(features, dataset)
-    users, items = dataset_schema.read_interactions(dataset, "train")
     try:
         rows = np.load(features / "features.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
@@ -103,75 +101,113 @@ def read_inputs(dataset: Path, features: Path) -> Inputs:
             f"{num_items} items: rows would belong to other items. Run the features stage on this "
             f"dataset."
         )
-    if len(users) == 0:
-        raise UserError(
-            f"{dataset_schema.interactions_path(dataset, 'train')} has no interactions, so there "
-            f"is no graph to learn from. Check the log that data_prep read and its filters."
-        )
-    for name, ids, limit in (("user", users, num_users), ("item", items, num_items)):
-        if ids.min() < 0 or ids.max() >= limit:
-            raise UserError(
-                f"{dataset_schema.interactions_path(dataset, 'train')} has {name}_index "
-                f"{ids.max() if ids.max() >= limit else ids.min()}, outside of 0..{limit - 1}. "
-                f"Run data_prep again."
-            )
-    return Inputs(users, items, num_users, num_items, rows)
+    interactions = dataset_schema.interactions_path(dataset, "train")
+    return Inputs(interactions, num_users, num_items, rows)
 
 
-def read_similarity(config: GraphConfig, folder: Path) -> sp.csr_matrix:
-    """Return the normalised item-item matrix of the neighbour lists."""
-    index = np.load(schema.neighbors_path(folder, "index"))
-    cosine = np.load(schema.neighbors_path(folder, "cosine"))
-    return knn.similarity_graph(
-        knn.Neighbors(torch.from_numpy(index.astype(np.int64)), torch.from_numpy(cosine)),
+def write_degrees(inputs: Inputs, work: Path) -> None:
+    """Count every node's training interactions, once for all ranks; on one rank.
+
+    Raises:
+        UserError: there is nothing to build a graph from, or an interaction is of unknown nodes.
+    """
+    degree = count_degrees(
+        inputs.interactions, num_users=inputs.num_users, num_items=inputs.num_items
+    )
+    for node_type, counts in degree.items():
+        np.save(work / f"degree_{node_type}.npy", counts)
+
+
+def write_item_graph(config: GraphConfig, draft: Draft) -> None:
+    """Turn the neighbour lists into the normalised item-item matrix; on one rank."""
+    write_similarity(
+        np.load(schema.neighbors_path(draft.path, "index"), mmap_mode="r"),
+        np.load(schema.neighbors_path(draft.path, "cosine"), mmap_mode="r"),
+        draft.work / "similar",
         weight=config.similarity_weight,
         symmetric=not config.paper_compatible,
     )
+    pack_similarity(draft.work / "similar", schema.similar_path(draft.path))
 
 
 def write_graph(
-    config: GraphConfig,
-    inputs: Inputs,
-    graph: WholeGraph,
-    similar: sp.csr_matrix,
-    draft: Draft,
-    telemetry: Telemetry,
+    config: GraphConfig, inputs: Inputs, draft: Draft, rank: Rank, telemetry: Telemetry
 ) -> None:
-    """Write partitions, the item-item matrix and the facts about them."""
-    parts = partitioner(config).assign(graph, config.num_partitions)
-    write_partitions(
+    """Assign nodes to partitions and write these, with the facts about them; collective."""
+    graph = GraphStreams(
+        inputs.interactions,
+        {t: np.load(draft.work / f"degree_{t}.npy") for t in NODE_TYPES},
+        open_similarity(draft.work / "similar"),
+    )
+    parts, method = assign(config, graph, draft.work, rank)
+    scattered = scatter_edges(
+        graph, parts, draft.work / "edges", num_partitions=config.num_partitions, rank=rank
+    )
+    for partition in range(config.num_partitions)[rank.index :: rank.world_size]:
+        layout.write_partition(
+            draft.path, graph, scattered, parts, partition, features=inputs.features
+        )
+    barrier(rank)
+    if not rank.is_first:
+        return
+    layout.write_maps(
         draft.path,
         graph,
+        scattered,
         parts,
         num_partitions=config.num_partitions,
         features=inputs.features,
     )
-    np.savez(
-        schema.similar_path(draft.path),
-        indptr=similar.indptr.astype(np.int64),
-        indices=similar.indices.astype(np.int32),
-        values=similar.data,
-    )
-    train_items = np.flatnonzero(graph.degree[schema.ITEM]).astype(np.int32)
+    train_items = np.flatnonzero(graph.degree[ITEM]).astype(np.int32)
     np.save(schema.train_items_path(draft.path), train_items)
-    facts = partition_facts(graph, parts, config.num_partitions)
-    neighbours = np.diff(similar.indptr)
+    record(config, graph, scattered, parts, draft)
+    draft.facts["partition_method"] = method
+    telemetry.say(
+        f"{draft.counts['num_train']:,} interactions, {draft.counts['num_similar']:,} item-item "
+        f"edges, {config.num_partitions} partitions by {method}: "
+        f"{draft.facts['edge_cut']['user__rates__item']:.1%} of interactions cut"
+    )
+
+
+def assign(
+    config: GraphConfig, graph: GraphStreams, work: Path, rank: Rank
+) -> tuple[Assignment, str]:
+    """Return every node's partition and how it was chosen, by one rank for all; collective.
+
+    A resumed stage finds it in the work folder.
+    """
+    if rank.is_first:
+        path, spare = work / "parts.npz", work / "parts.writing.npz"
+        if not path.exists():
+            chosen = partitioner(config, graph, work / "restreaming")
+            parts = chosen.assign(graph, config.num_partitions)
+            np.savez(spare, user=parts[USER], item=parts[ITEM], method=np.array(chosen.name))
+            spare.replace(path)
+    barrier(rank)
+    with np.load(work / "parts.npz") as file:
+        return {node_type: file[node_type] for node_type in NODE_TYPES}, str(file["method"])
+
+
+def record(
+    config: GraphConfig,
+    graph: GraphStreams,
+    scattered: ScatteredEdges,
+    parts: Assignment,
+    draft: Draft,
+) -> None:
+    """Fill in the counts and facts of the artifact."""
+    neighbours = np.diff(graph.similar.indptr)
     draft.counts.update(
-        num_users=inputs.num_users,
-        num_items=inputs.num_items,
-        num_train=len(inputs.users),
-        num_train_items=len(train_items),
-        num_similar=int(similar.nnz),
+        num_users=graph.num_nodes[USER],
+        num_items=graph.num_nodes[ITEM],
+        num_train=graph.num_edges[schema.RATES],
+        num_train_items=int((graph.degree[ITEM] > 0).sum()),
+        num_similar=graph.num_edges[schema.SIMILAR],
         num_partitions=config.num_partitions,
     )
     draft.facts.update(
-        facts,
+        scattered.facts(parts, config.num_partitions),
         k=config.k,
         num_without_neighbours=int((neighbours == 0).sum()),
         mean_neighbours=round(float(neighbours.mean()), 2),
-    )
-    telemetry.say(
-        f"{len(inputs.users):,} interactions, {similar.nnz:,} item-item edges, "
-        f"{config.num_partitions} partitions by {config.partition_method}: "
-        f"{facts['edge_cut']['user__rates__item']:.1%} of interactions cut"
     )

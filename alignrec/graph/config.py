@@ -43,11 +43,16 @@ class GraphConfig:
         False, "item-item graph as in the released code: an item is its own neighbour, directed"
     )
     num_partitions: int = option(4, "parts that the graph is cut into", minimum=1)
-    partition_method: Literal["metis", "hash"] = option(
-        "metis", "metis: few edges between partitions; hash: for graphs too large for METIS"
+    partition_method: Literal["auto", "metis", "streaming", "hash"] = option(
+        "auto",
+        "metis: fewest edges between partitions, one process holds all edges; streaming: in memory "
+        "for nodes alone; hash: without looking at edges; auto: metis up to metis_edges",
+    )
+    metis_edges: int = option(
+        20_000_000, "edges up to which partition_method auto is metis", minimum=0
     )
     partition_similar_edges: bool = option(
-        True, "whether METIS counts item-item edges between partitions too"
+        True, "whether item-item edges between partitions count too"
     )
     seed: int = option(0, "seed of the partitioner and of the approximate search", minimum=0)
     block_rows: int = option(1024, "items compared at once, rows", minimum=1, affects_result=False)

@@ -6,11 +6,9 @@ memory is one block of similarities, whatever the number of items.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as sp
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
@@ -170,39 +168,6 @@ def decode(keys: Int64[Tensor, "rows found"], k: int) -> Neighbors:
         torch.nn.functional.pad(index.masked_fill(absent, -1), pad, value=-1),
         torch.nn.functional.pad(cosine.masked_fill(absent, 0.0), pad, value=0.0),
     )
-
-
-def similarity_graph(
-    neighbors: Neighbors,
-    *,
-    weight: Literal["cosine", "binary"],
-    symmetric: bool,
-) -> sp.csr_matrix:
-    """Build the normalised item-item matrix S from every item's neighbours.
-
-    S_ij = w_ij / sqrt(d_i d_j) with d_i = sum_j w_ij. Symmetric: i and j are joined when either
-    chose the other, and a cosine that is not positive joins nothing. Otherwise the matrix stays
-    directed, row i holding what i chose, as in the released code.
-
-    Returns:
-        (num_items, num_items) float32, column indices ascending in a row.
-    """
-    num_items, k = neighbors.index.shape
-    column = neighbors.index.cpu().numpy().ravel()
-    value = neighbors.cosine.cpu().numpy().astype(np.float64).ravel()
-    row = np.repeat(np.arange(num_items), k)
-    kept = (column >= 0) & (value > 0)
-    if weight == "binary":
-        value = np.ones_like(value)
-    matrix = sp.csr_matrix((value[kept], (row[kept], column[kept])), shape=(num_items, num_items))
-    if symmetric:
-        matrix = matrix.maximum(matrix.T).tocsr()
-    degree = np.asarray(matrix.sum(axis=1)).ravel()
-    scale = np.zeros(num_items)
-    np.power(degree, -0.5, out=scale, where=degree > 0)
-    matrix = sp.csr_matrix(sp.diags(scale) @ matrix @ sp.diags(scale))
-    matrix.sort_indices()
-    return matrix.astype(np.float32)
 
 
 def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -19,64 +19,80 @@ import torch
 from alignrec import artifacts
 from alignrec.errors import UserError
 from alignrec.graph import schema
-from alignrec.graph.edges import EdgeList, WholeGraph
+from alignrec.graph.edges import GraphStreams
 from alignrec.graph.partition import Assignment
+from alignrec.graph.scattering import Edges, ScatteredEdges
 from alignrec.graph.schema import EDGE_TYPES, ITEM, NODE_TYPES, EdgeType, NodeType
 
 
-def write_partitions(
+def write_partition(
     folder: Path,
-    graph: WholeGraph,
+    graph: GraphStreams,
+    scattered: ScatteredEdges,
+    parts: Assignment,
+    partition: int,
+    *,
+    features: npt.NDArray[np.floating],
+) -> None:
+    """Write the edges and features of one partition; what is there already is whole, and stays.
+
+    Args:
+        folder: root of the layout.
+        graph: degrees and weights.
+        scattered: edges by partition.
+        parts: partition of every node.
+        partition: which one, possibly empty.
+        features: (num_items, dim) content features; may be memory-mapped.
+    """
+    final = schema.partition_path(folder, partition)
+    if final.exists():
+        return
+    path = final.with_name(f"{final.name}.writing")
+    node_offset = _offsets([graph.num_nodes[node_type] for node_type in NODE_TYPES])
+    edge_offset = _offsets([graph.num_edges[edge_type] for edge_type in EDGE_TYPES])
+    nodes = {}
+    for node_type, offset in zip(NODE_TYPES, node_offset, strict=True):
+        ids = np.flatnonzero(parts[node_type] == partition)
+        nodes[node_type] = _node_features(graph, node_type, ids, offset, features)
+    _save(path / "node_feats.pt", nodes)
+    del nodes
+    tables, weights = {}, {}
+    for edge_type, offset in zip(EDGE_TYPES, edge_offset, strict=True):
+        edges = scattered.read(edge_type, partition)
+        tables[edge_type], weights[edge_type] = _edge_tables(graph, edge_type, edges, offset)
+    _save(path / "graph.pt", tables)
+    _save(path / "edge_feats.pt", weights)
+    path.rename(final)
+
+
+def write_maps(
+    folder: Path,
+    graph: GraphStreams,
+    scattered: ScatteredEdges,
     parts: Assignment,
     *,
     num_partitions: int,
     features: npt.NDArray[np.floating],
 ) -> None:
-    """Write node and edge maps, each partition's edges and features, and META.json last.
-
-    Args:
-        folder: root of the layout.
-        graph: everything that is partitioned.
-        parts: partition of every node.
-        num_partitions: number of parts, some of which may be empty.
-        features: (num_items, dim) content features; may be memory-mapped.
-    """
-    node_offset = _offsets([graph.num_nodes[node_type] for node_type in NODE_TYPES])
-    edge_offset = _offsets([len(graph.edges[edge_type]) for edge_type in EDGE_TYPES])
-    sorted_edges = {}
+    """Write node and edge maps, and META.json last."""
     for edge_type in EDGE_TYPES:
-        edge_parts = parts[edge_type[2]][graph.edges[edge_type].target]
-        _save(schema.edge_map_path(folder, edge_type), torch.from_numpy(edge_parts))
-        sorted_edges[edge_type] = _by_partition(graph.edges[edge_type], edge_parts, num_partitions)
+        edge_map = torch.from_numpy(np.asarray(scattered.edge_map(edge_type)))
+        _save(schema.edge_map_path(folder, edge_type), edge_map)
     for node_type in NODE_TYPES:
         _save(schema.node_map_path(folder, node_type), torch.from_numpy(parts[node_type]))
-    for partition in range(num_partitions):
-        own = {t: np.flatnonzero(parts[t] == partition) for t in NODE_TYPES}
-        nodes = {
-            node_type: _node_features(graph, node_type, own[node_type], offset, features)
-            for node_type, offset in zip(NODE_TYPES, node_offset, strict=True)
-        }
-        edges, edge_features = {}, {}
-        for edge_type, offset in zip(EDGE_TYPES, edge_offset, strict=True):
-            ids = sorted_edges[edge_type][partition]
-            edges[edge_type], edge_features[edge_type] = _edge_tables(graph, edge_type, ids, offset)
-        path = schema.partition_path(folder, partition)
-        _save(path / "graph.pt", edges)
-        _save(path / "node_feats.pt", nodes)
-        _save(path / "edge_feats.pt", edge_features)
     artifacts.write_json(
         schema.meta_path(folder),
         {
             "num_parts": num_partitions,
             "node_types": list(NODE_TYPES),
             "edge_types": [list(edge_type) for edge_type in EDGE_TYPES],
-            "node_offset": node_offset,
+            "node_offset": _offsets([graph.num_nodes[node_type] for node_type in NODE_TYPES]),
             "is_hetero": True,
             "is_sorted": True,
             "num_features": features.shape[1],
             "feature_dtype": features.dtype.name,
             "num_nodes": dict(graph.num_nodes),
-            "num_edges": {"__".join(t): len(edges) for t, edges in graph.edges.items()},
+            "num_edges": {"__".join(t): size for t, size in graph.num_edges.items()},
         },
     )
 
@@ -128,17 +144,8 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _by_partition(
-    edges: EdgeList, edge_parts: npt.NDArray[np.int32], num_partitions: int
-) -> list[npt.NDArray[np.int64]]:
-    """Return the edge ids of each partition, sorted by destination and then source."""
-    order = np.lexsort((edges.source, edges.target, edge_parts))
-    counts = np.bincount(edge_parts, minlength=num_partitions)
-    return np.split(order, np.cumsum(counts)[:-1])
-
-
 def _node_features(
-    graph: WholeGraph,
+    graph: GraphStreams,
     node_type: NodeType,
     ids: npt.NDArray[np.int64],
     offset: int,
@@ -155,18 +162,20 @@ def _node_features(
 
 
 def _edge_tables(
-    graph: WholeGraph, edge_type: EdgeType, ids: npt.NDArray[np.int64], offset: int
+    graph: GraphStreams, edge_type: EdgeType, edges: Edges, offset: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    edges = graph.edges[edge_type]
+    ids, source = edges["id"].copy(), edges["source"].astype(np.int64)
+    target = edges["target"].astype(np.int64)
+    weight = graph.weights(edge_type, ids, source, target)
     table = {
         "edge_id": torch.from_numpy(ids + offset),
-        "row": torch.from_numpy(edges.source[ids]),
-        "col": torch.from_numpy(edges.target[ids]),
+        "row": torch.from_numpy(source),
+        "col": torch.from_numpy(target),
         "size": (graph.num_nodes[edge_type[0]], graph.num_nodes[edge_type[2]]),
     }
     features = {
         "global_id": torch.from_numpy(ids),
-        "feats": {"edge_attr": torch.from_numpy(edges.weight[ids]).unsqueeze(1)},
+        "feats": {"edge_attr": torch.from_numpy(weight).unsqueeze(1)},
     }
     return table, features
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,9 @@ import torch
 
 from alignrec.errors import UserError
 from alignrec.graph.config import GraphConfig
-from alignrec.graph.edges import WholeGraph
+from alignrec.graph.edges import GraphStreams
 from alignrec.graph.hashing import hash_ids, salt, uniform_below
+from alignrec.graph.restreaming import StreamingPartitioner
 from alignrec.graph.schema import ITEM, NODE_TYPES, RATES, SIMILAR, USER, NodeType
 
 # METIS numbers nodes and list positions with 32 bits.
@@ -22,27 +24,47 @@ Assignment = Mapping[NodeType, npt.NDArray[np.int32]]
 
 
 class Partitioner(Protocol):
-    """Puts every node into one of ``num_partitions`` parts, the same way each time."""
+    """Puts every node into one of ``num_partitions`` parts, the same way each time.
 
-    def assign(self, graph: WholeGraph, num_partitions: int) -> Assignment:
+    Attributes:
+        name: as the configuration names it.
+    """
+
+    name: ClassVar[str]
+
+    def assign(self, graph: GraphStreams, num_partitions: int) -> Assignment:
         """Return the partition of every node, by node type."""
         ...
 
 
-def partitioner(config: GraphConfig) -> Partitioner:
-    """Return the partitioner that the configuration names."""
-    if config.partition_method == "hash":
+def partitioner(config: GraphConfig, graph: GraphStreams, work: Path) -> Partitioner:
+    """Return the partitioner that the configuration names; ``auto`` goes by the size.
+
+    Args:
+        config: of the graph stage.
+        graph: what will be partitioned.
+        work: folder that a partitioner may write and clear.
+    """
+    method = config.partition_method
+    with_similar = config.partition_similar_edges
+    if method == "auto":
+        num_edges = graph.num_edges[RATES] + with_similar * graph.num_edges[SIMILAR]
+        method = "metis" if num_edges <= config.metis_edges else "streaming"
+    if method == "hash":
         return HashPartitioner(config.seed)
-    return MetisPartitioner(config.seed, with_similar=config.partition_similar_edges)
+    if method == "streaming":
+        return StreamingPartitioner(config.seed, with_similar=with_similar, work=work)
+    return MetisPartitioner(config.seed, with_similar=with_similar)
 
 
 @dataclasses.dataclass(frozen=True)
 class HashPartitioner:
     """Scatters nodes evenly by a hash of their id, without looking at edges."""
 
+    name: ClassVar[str] = "hash"
     seed: int
 
-    def assign(self, graph: WholeGraph, num_partitions: int) -> Assignment:
+    def assign(self, graph: GraphStreams, num_partitions: int) -> Assignment:
         """Return the partition of every node, by node type."""
         result = {}
         for kind, node_type in enumerate(NODE_TYPES):
@@ -61,10 +83,11 @@ class MetisPartitioner:
         with_similar: whether item-item edges count as well as interactions.
     """
 
+    name: ClassVar[str] = "metis"
     seed: int
     with_similar: bool
 
-    def assign(self, graph: WholeGraph, num_partitions: int) -> Assignment:
+    def assign(self, graph: GraphStreams, num_partitions: int) -> Assignment:
         """Return the partition of every node, by node type.
 
         Raises:
@@ -79,7 +102,7 @@ class MetisPartitioner:
         if adjacency.nnz > _METIS_LIMIT:
             raise UserError(
                 f"{adjacency.nnz} edge ends are more than METIS can number (2**31 - 1). Set "
-                f"graph.partition_method=hash."
+                f"graph.partition_method=streaming."
             )
         _, parts = pymetis.part_graph(
             num_partitions,
@@ -90,41 +113,19 @@ class MetisPartitioner:
         part = np.asarray(parts, dtype=np.int32)
         return {USER: part[:num_users], ITEM: part[num_users:]}
 
-    def _adjacency(self, graph: WholeGraph) -> sp.csr_matrix:
+    def _adjacency(self, graph: GraphStreams) -> sp.csr_matrix:
         """Return the undirected graph over users and, after them, items, without loops."""
         num_users, num_items = graph.num_nodes[USER], graph.num_nodes[ITEM]
-        rates = graph.edges[RATES]
-        first, second = [rates.source], [rates.target + num_users]
+        first, second = [], []
+        for block in graph.blocks(RATES):
+            first.append(block.source)
+            second.append(block.target + num_users)
         if self.with_similar:
-            similar = graph.edges[SIMILAR]
-            other = similar.source != similar.target
-            first.append(similar.source[other] + num_users)
-            second.append(similar.target[other] + num_users)
+            for block in graph.blocks(SIMILAR):
+                other = block.source != block.target
+                first.append(block.source[other].astype(np.int64) + num_users)
+                second.append(block.target[other] + num_users)
         rows, columns = np.concatenate(first), np.concatenate(second)
         size = num_users + num_items
         half = sp.csr_matrix((np.ones(len(rows), np.bool_), (rows, columns)), shape=(size, size))
         return (half + half.T).tocsr()
-
-
-def partition_facts(graph: WholeGraph, parts: Assignment, num_partitions: int) -> dict[str, Any]:
-    """Return how even the parts are and how many edges run between them.
-
-    Balance is the largest part over the average one: 1 is even. Cut is the share of edges whose
-    ends lie in different parts.
-    """
-    balance = {
-        node_type: _balance(np.bincount(part, minlength=num_partitions))
-        for node_type, part in parts.items()
-    }
-    cut = {}
-    for edge_type, edges in graph.edges.items():
-        source, _, target = edge_type
-        ends = parts[target][edges.target]
-        balance["__".join(edge_type)] = _balance(np.bincount(ends, minlength=num_partitions))
-        crossing = parts[source][edges.source] != ends
-        cut["__".join(edge_type)] = round(float(crossing.mean()), 4) if len(edges) else 0.0
-    return {"balance": balance, "edge_cut": cut}
-
-
-def _balance(counts: npt.NDArray[np.integer]) -> float:
-    return round(float(counts.max() / max(counts.mean(), 1e-9)), 4)

@@ -1,11 +1,15 @@
 """Nearest items: equal to a brute force, whatever the blocks, with zero rows and duplicates."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 from alignrec.errors import UserError
-from alignrec.graph.knn import FeatureRows, Neighbors, nearest_items, similarity_graph
+from alignrec.graph import similarity
+from alignrec.graph.knn import FeatureRows, Neighbors, nearest_items
 
 
 def search(
@@ -23,6 +27,20 @@ def search(
         for start in range(0, len(features), rows)
     ]
     return Neighbors(torch.cat([p.index for p in parts]), torch.cat([p.cosine for p in parts]))
+
+
+def similarity_graph(
+    neighbors: Neighbors, folder: Path, *, weight: str, symmetric: bool
+) -> sp.csr_matrix:
+    found = similarity.write_similarity(
+        neighbors.index.numpy().astype(np.int32),
+        neighbors.cosine.numpy(),
+        folder / weight,
+        weight=weight,  # type: ignore[arg-type]
+        symmetric=symmetric,
+    )
+    size = len(neighbors.index)
+    return sp.csr_matrix((found.values, found.indices, found.indptr), shape=(size, size))
 
 
 def brute_force(features: np.ndarray, k: int) -> np.ndarray:
@@ -73,10 +91,14 @@ def test_a_feature_that_is_not_finite_is_named() -> None:
         search(features, k=1)
 
 
-def test_graph_is_symmetric_and_normalised() -> None:
+@pytest.mark.parametrize("bucket_rows", [7, 40, 1000])
+def test_graph_is_symmetric_and_normalised(
+    tmp_path: Path, bucket_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(similarity, "_BUCKET_ROWS", bucket_rows)
     features = np.random.default_rng(2).normal(size=(40, 5)).astype(np.float32)
     neighbors = search(features, k=4)
-    matrix = similarity_graph(neighbors, weight="cosine", symmetric=True).toarray()
+    matrix = similarity_graph(neighbors, tmp_path, weight="cosine", symmetric=True).toarray()
     np.testing.assert_array_equal(matrix, matrix.T)
     assert not matrix.diagonal().any()
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -87,21 +109,21 @@ def test_graph_is_symmetric_and_normalised() -> None:
     np.testing.assert_allclose(matrix, weight / np.sqrt(np.outer(degree, degree)), atol=2e-6)
 
 
-def test_largest_eigenvalue_of_the_graph_is_one() -> None:
+def test_largest_eigenvalue_of_the_graph_is_one(tmp_path: Path) -> None:
     features = np.random.default_rng(3).normal(size=(30, 5)).astype(np.float32)
     for weight in ("cosine", "binary"):
-        matrix = similarity_graph(search(features, k=3), weight=weight, symmetric=True)  # type: ignore[arg-type]
+        matrix = similarity_graph(search(features, k=3), tmp_path, weight=weight, symmetric=True)
         assert np.linalg.eigvalsh(matrix.toarray().astype(np.float64))[-1] == pytest.approx(
             1, abs=1e-5
         )
 
 
-def test_paper_compatible_graph_is_the_released_formula() -> None:
+def test_paper_compatible_graph_is_the_released_formula(tmp_path: Path) -> None:
     """topk of the full similarity, self included; D^-1/2 A D^-1/2 with row sums, directed."""
     features = np.random.default_rng(4).normal(size=(30, 5)).astype(np.float32) + 1
     found = search(features, k=5, include_self=True)
     assert (found.index[:, 0] == torch.arange(30)).all()
-    matrix = similarity_graph(found, weight="cosine", symmetric=False).toarray()
+    matrix = similarity_graph(found, tmp_path, weight="cosine", symmetric=False).toarray()
     unit = torch.nn.functional.normalize(torch.tensor(features))
     values, columns = (unit @ unit.T).topk(5)
     adjacency = torch.zeros(30, 30).scatter_(1, columns, values)

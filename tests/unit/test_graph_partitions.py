@@ -22,7 +22,7 @@ from alignrec.testing.graphs import write_features, write_graph
 PARTS = 3
 
 
-@pytest.fixture(scope="module", params=["metis", "hash"])
+@pytest.fixture(scope="module", params=["metis", "streaming", "hash"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("partitions")
     dataset = write_dataset(root / "dataset", num_items=30, num_users=25)
@@ -115,12 +115,11 @@ def test_same_seed_same_bytes(folders: Any, tmp_path: Path) -> None:
     assert artifacts.read(again, "graph").identity == artifacts.verify(graph).identity
 
 
-def test_metis_cuts_fewer_edges_than_hash(tmp_path: Path) -> None:
-    """Users of one taste share items, so there is something to find."""
+def test_users_of_one_taste_share_items_and_go_together(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "dataset", num_items=120, num_users=100)
     features = write_features(tmp_path / "features", num_items=120)
     cut = {}
-    for method in ("metis", "hash"):
+    for method in ("metis", "streaming", "hash"):
         graph = write_graph(
             tmp_path / method,
             dataset=dataset,
@@ -133,6 +132,17 @@ def test_metis_cuts_fewer_edges_than_hash(tmp_path: Path) -> None:
         cut[method] = facts["edge_cut"]["user__rates__item"]
         assert facts["balance"]["item__rev_rates__user"] < 1.6
     assert cut["metis"] < 0.6 * cut["hash"]
+    assert cut["streaming"] < 0.7 * cut["hash"]
+
+
+def test_auto_is_metis_up_to_a_number_of_edges(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "dataset", num_items=30, num_users=25)
+    inputs = {"dataset": dataset, "features": write_features(tmp_path / "f", num_items=30)}
+    facts = {}
+    for limit in (10_000, 100):
+        graph = write_graph(tmp_path / str(limit), **inputs, metis_edges=limit)
+        facts[limit] = artifacts.read(graph, "graph").facts["partition_method"]
+    assert facts == {10_000: "metis", 100: "streaming"}
 
 
 def test_stores_speak_pygs_interface(folders: Any) -> None:

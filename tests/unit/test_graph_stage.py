@@ -13,7 +13,7 @@ from alignrec import artifacts
 from alignrec.data.schema import INTERACTIONS, interactions_path, read_interactions
 from alignrec.distributed.process_group import Rank
 from alignrec.errors import UserError
-from alignrec.graph import STAGE, schema, searching
+from alignrec.graph import STAGE, layout, schema, searching
 from alignrec.graph.config import GraphConfig
 from alignrec.stage import main
 from alignrec.telemetry import Telemetry
@@ -66,6 +66,29 @@ def test_a_killed_search_goes_on_with_the_same_result(
     resumed = artifacts.read(write_graph(tmp_path / "graph", **inputs)).identity
     assert calls == [0, 8, 16, 16, 24]
     assert resumed == whole
+
+
+def test_killed_while_partitions_are_written(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = artifacts.read(write_graph(tmp_path / "whole", **inputs)).identity
+    written: list[str] = []
+    save = layout._save
+
+    def dying(path: Path, content: Any) -> None:
+        written.append(f"{path.parent.name}/{path.name}")
+        if len(written) == 5:  # in the middle of the second partition
+            raise KeyboardInterrupt
+        save(path, content)
+
+    monkeypatch.setattr(layout, "_save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        write_graph(tmp_path / "graph", **inputs)
+    resumed = artifacts.verify(write_graph(tmp_path / "graph", **inputs))
+    assert resumed.identity == whole
+    assert written.count("part_0.writing/graph.pt") == 1
+    assert written.count("part_1.writing/node_feats.pt") == 2
+    assert not any("writing" in name for name in resumed.files)
 
 
 def test_ranks_share_all_chunks_whatever_the_others_have_written(
