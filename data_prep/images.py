@@ -58,7 +58,7 @@ class ImageRules:
         values = {name: getattr(config, name) for name in names}
         web = [root.partition("://")[0]] if root.lower().startswith(("http://", "https://")) else []
         values["allowed_schemes"] = tuple(s.lower() for s in (*config.allowed_schemes, *web))
-        values["allowed_hosts"] = tuple(host.lower().rstrip(".") for host in config.allowed_hosts)
+        values["allowed_hosts"] = tuple(_spelled(host) for host in config.allowed_hosts)
         return cls(root=root, **values)
 
     @property
@@ -74,6 +74,12 @@ class ImageRules:
                 self.max_pixels,
             ]
         )
+
+
+def _spelled(host: str) -> str:
+    """Return a host as addresses spell it when they are compared."""
+    lower = host.lower().rstrip(".")
+    return lower if lower.isascii() else lower.encode("idna").decode()
 
 
 @dataclasses.dataclass(frozen=True)

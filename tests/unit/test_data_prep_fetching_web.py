@@ -564,9 +564,13 @@ def test_hosts_that_would_match_nothing_are_the_users_mistake(host_name: str) ->
 
 
 def test_hosts_of_the_recipe_may_be_names_and_addresses() -> None:
-    hosts = ["a.example", "*.B.example", "127.0.0.1", "::1", "my_host"]
+    hosts = ["a.example", "*.B.example", "127.0.0.1", "::1", "my_host", "*.grün.example"]
     config = STAGE.load_config({"source": "synthetic", "images": {"allowed_hosts": hosts}})
-    assert ImageRules.of(config.images, root="/").allowed_hosts[1] == "*.b.example"
+    known = Policy(("https",), ImageRules.of(config.images, root="/").allowed_hosts)
+    web.parse("https://x.b.Example/y", known)
+    web.parse("https://x.grün.example/y", known)
+    with pytest.raises(BadImage):
+        web.parse("https://grün.example/y", known)
 
 
 def test_a_user_agent_that_breaks_the_header_is_refused() -> None:
