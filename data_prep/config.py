@@ -68,6 +68,14 @@ class InteractionsConfig:
     )
 
 
+def _is_host(text: str) -> bool:
+    try:
+        text.encode("idna")
+    except UnicodeError:  # a label that is too long
+        return False
+    return _HOST.fullmatch(text) is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class HttpConfig:
     """How pictures are fetched from http(s) addresses."""
@@ -141,7 +149,7 @@ class ImagesConfig:
             UserError: an entry of allowed_hosts is an address of a page or a pattern of other form.
         """
         for host in self.allowed_hosts:
-            if not _HOST.fullmatch(host):
+            if not _is_host(host):
                 raise UserError(
                     f"data_prep.images.allowed_hosts: {host!r} is no host name, so no picture "
                     f"would match it. Write images.example.com, *.example.com or an address, "

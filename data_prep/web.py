@@ -18,6 +18,7 @@ import ssl
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
@@ -34,6 +35,8 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_SECONDS = 30.0
 _DISCARDED_BYTES = 65_536
 _MAX_IDLE = 64
+# Pictures in a row that a host may cost all attempts; a dead host of thousands would take hours.
+_MAX_IN_VAIN = 10
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SECRETS = re.compile(r"(?<=://)[^/\s@]*(?:@[^/\s@]*)*@|\?[^\s'\"]+")
 
@@ -174,6 +177,7 @@ class WebClient:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._slots: dict[str, threading.BoundedSemaphore] = {}
+        self._in_vain: Counter[str] = Counter()  # pictures of a host that failed in a row
         self._idle: list[_Connection] = []  # the oldest first
         self._tls: ssl.SSLContext | None = None
         self._closed = threading.Event()
@@ -194,15 +198,25 @@ class WebClient:
         """
         target = parse(url, self._policy)
         clock = _Clock(time.monotonic() + self._settings.total_seconds)
-        for attempt in range(self._settings.retries + 1):
+        hopeless = self._in_vain[target.host] >= _MAX_IN_VAIN
+        retries = 0 if hopeless else self._settings.retries
+        for attempt in range(retries + 1):
             try:
-                return self._follow(target, clock)
+                data = self._follow(target, clock)
             except _Passing as failure:
                 last = failure
+            except BadImage:
+                self._in_vain[target.host] = 0  # a refusal is an answer
+                raise
+            else:
+                self._in_vain[target.host] = 0
+                return data
             wait = self._wait_seconds(target, attempt, last)
             out_of_time = time.monotonic() + wait >= clock.end
-            if attempt == self._settings.retries or out_of_time or self._closed.wait(wait):
+            if attempt == retries or out_of_time or self._closed.wait(wait):
                 break
+        with self._lock:
+            self._in_vain[target.host] += 1
         detail = f"{target.shown}: {last.detail} (attempt {attempt + 1})"
         raise BadImage(last.reason, detail, transient=True)
 

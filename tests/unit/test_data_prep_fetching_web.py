@@ -266,6 +266,21 @@ def test_failures_that_last_are_given_up_and_marked_as_passing(host: Host) -> No
     assert (verdict.reason, verdict.transient) == (Reason.IMAGE_UNREACHABLE, True)
 
 
+def test_a_host_that_never_answers_gets_one_attempt_a_picture(host: Host) -> None:
+    host.paths["/busy.jpg"] = in_turn(*[answer(503)] * 40, answer(200, CONTENT), answer(503))
+    numbers = []
+    with Fetcher(rules()) as fetcher:
+        for _ in range(20):
+            with pytest.raises(BadImage):
+                fetcher.read(host.url + "/busy.jpg")
+            numbers.append(len(host.requests))
+        assert numbers == [*range(3, 31, 3), *range(31, 41)]
+        assert fetcher.read(host.url + "/busy.jpg") == CONTENT
+        with pytest.raises(BadImage):  # it answers again, so it is tried three times again
+            fetcher.read(host.url + "/busy.jpg")
+    assert len(host.requests) == 44
+
+
 @pytest.mark.parametrize(
     ("status", "reason"),
     [
@@ -556,7 +571,9 @@ def test_certificates_are_checked_for_the_name_not_the_address(
     assert "certificate" in refused(wrong, allowed_hosts=hosts).detail
 
 
-@pytest.mark.parametrize("host_name", ["https://a.example", "a.example/x", "a.*.example", "*", ""])
+@pytest.mark.parametrize(
+    "host_name", ["https://a.example", "a.example/x", "a.*.example", "*", "", "ü" * 70]
+)
 def test_hosts_that_would_match_nothing_are_the_users_mistake(host_name: str) -> None:
     section = {"source": "synthetic", "images": {"allowed_hosts": [host_name]}}
     with pytest.raises(UserError, match="is no host name"):
