@@ -16,7 +16,7 @@ from alignrec.evaluation import charts, lineage, showcase
 from alignrec.evaluation.charts import Chart
 from alignrec.evaluation.comparison import Margin
 from alignrec.evaluation.reconstructions import read_reconstructions
-from alignrec.evaluation.statistics import read_statistics
+from alignrec.evaluation.statistics import group_rejected, read_flows, read_statistics
 from alignrec.telemetry import read_history
 
 MODEL_WORDS = {
@@ -118,6 +118,7 @@ def render(values: Mapping[str, Any]) -> str:
     environment.filters["in_words"] = lineage.in_words
     environment.filters["short"] = charts.number
     environment.filters["metric"] = metric_words
+    environment.filters["share"] = share_words
     style = resources.files("alignrec.evaluation").joinpath("templates/report.css")
     template = environment.get_template("report.html")
     return template.render(style=style.read_text(encoding="utf-8"), **values).lstrip()
@@ -129,6 +130,7 @@ def page_values(page: Page) -> dict[str, Any]:
     results, headline = outcome.results, outcome.headline
     dataset = artifacts.read(inputs["dataset"], "dataset")
     models = MODEL_WORDS | ablation_words(inputs)
+    rejected = group_rejected(quarantine_reasons(inputs["dataset"]))
     curve_names = {"embeddings": models["alignrec"][0], "ablation": models["ablation"][0]}
     return {
         "run": page.run,
@@ -151,7 +153,8 @@ def page_values(page: Page) -> dict[str, Any]:
         "users": page.shown,
         "aspect": aspect_ratio(page.shown),
         "steps": lineage.trace(inputs),
-        "quarantine": quarantine_reasons(inputs["dataset"]),
+        "quarantine": rejected,
+        "flows": read_flows(dataset.counts, dataset.facts, rejected),
         "statistics": read_statistics(_without(dataset.facts, "quarantine")),
         "pretrain": curves(inputs, {"encoder": "encoder"}, first="loss"),
         "reconstructions": (read_reconstructions(inputs["encoder"]) if "encoder" in inputs else []),
@@ -176,6 +179,11 @@ def metric_words(name: str) -> str:
     """Return e.g. "NDCG@20" for ndcg@20."""
     metric, at, k = name.partition("@")
     return (metric.upper() if metric in ("ndcg", "map") else metric.capitalize()) + at + k
+
+
+def share_words(percent: float) -> str:
+    """Return e.g. "12.3 %", "<0.1 %" for what is there but next to nothing."""
+    return "<0.1 %" if 0 < percent < 0.05 else f"{percent:.1f} %"
 
 
 def summary_names(outcome: Outcome) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from alignrec.evaluation import charts, comparison, report, showcase
 from alignrec.evaluation.config import EvaluationConfig, ReportConfig
 from alignrec.evaluation.ranking import inner_product
 from alignrec.evaluation.reconstructions import read_reconstructions
-from alignrec.evaluation.statistics import read_statistics
+from alignrec.evaluation.statistics import group_rejected, read_flows, read_statistics
 from alignrec.export.config import ExportConfig
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.results import write_embeddings
@@ -70,7 +70,9 @@ def test_hostile_titles_keys_and_names_are_text(tmp_path: Path) -> None:
     user = showcase.ShownUser(
         HOSTILE, 1, (tile,), (tile,), (showcase.HeldOut(HOSTILE, 1, is_shown=True),)
     )
-    page = make_page(tmp_path, users=[user], run=HOSTILE, quarantine=[(HOSTILE, HOSTILE, 3)])
+    page = make_page(
+        tmp_path, users=[user], run=HOSTILE, quarantine=group_rejected([(HOSTILE, HOSTILE, 3)])
+    )
     parsed = ParsedPage(page)
     assert parsed.attributes("script") == []
     assert not any("onerror" in attributes for _, attributes in parsed.tags)
@@ -195,6 +197,36 @@ def test_facts_are_sorted_by_shape() -> None:
     assert found.numbers == [("images: good", 7)]
     assert found.histograms[0].bars == (("1-3", 2), ("4-7", 5))
     assert found.quantiles[0].values == (("mean", 2.5), ("min", 1.0), ("median", 2.0), ("max", 9.0))
+
+
+def test_flows_add_up_to_the_rows_that_were_read() -> None:
+    rejected = group_rejected([("images", "image_truncated", 3), ("interactions", "bad_rating", 5),
+                               ("images", "image_missing", 1)])  # fmt: skip
+    facts = {
+        "images": {"good": 40},
+        "interactions": {
+            "rows": 100, "left": 80, "repeated": 9, "below_min_rating": 0, "outside_of_core": 6,
+        },
+    }  # fmt: skip
+    flows = read_flows({"num_items": 50, "num_removed": 2}, facts, rejected)
+    found = {flow.title: [(part.kind, part.count) for part in flow.parts] for flow in flows}
+    assert found == {
+        "Catalogue": [("kept", 48)],
+        "Pictures": [("kept", 40), ("bad", 4)],
+        "Log": [("kept", 80), ("left-out", 9), ("left-out", 6), ("bad", 5)],
+    }
+    assert [flow.total for flow in flows] == [48, 44, 100]
+    assert rejected[0].reasons == (("Truncated", 3), ("Missing", 1))
+    assert read_flows({"num_items": 3}, {}, []) == []
+
+
+def test_a_histogram_with_quantiles_tells_them_below_its_title() -> None:
+    facts = {"per_user": {"edges": [1, 2], "counts": [4, 1], "mean": 1.2, "quantiles": {"0.5": 1}}}
+    found = read_statistics({"interactions": facts})
+    assert [(h.title, h.note) for h in found.histograms] == [
+        ("users by interactions", "mean 1.2 · median 1")
+    ]
+    assert found.quantiles == []
 
 
 def test_an_empty_histogram_can_be_drawn() -> None:
