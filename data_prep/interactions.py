@@ -240,9 +240,7 @@ def _read(
             other=tuple(name for name in optional if name is not None),
         ),
     )
-    tasks.run(
-        log.scatter, parts, plan, unit=lambda part: plan.unit(part[0]), what="log pieces"
-    )
+    _scatter(files, parts, plan, tasks)
     facts = {"rows": 0, "usable": 0, "unknown_items_dropped": 0}
     for number, _ in parts:
         unit = plan.unit(number)
@@ -257,6 +255,23 @@ def _read(
             f"nothing to learn from. Check data_prep.interactions.path."
         )
     return facts
+
+
+def _scatter(
+    files: Sequence[RawFile], parts: Sequence[tuple[int, Piece]], plan: LogPlan, tasks: Tasks
+) -> None:
+    """Read the pieces that are not read yet: in tasks, or here, where every run of rows shows."""
+    if engine.in_parallel(len(parts), tasks.config):
+        tasks.run(log.scatter, parts, plan, unit=lambda part: plan.unit(part[0]), what="log pieces")
+        return
+    left = [part for part in parts if not plan.unit(part[0]).is_dir()]
+    read = [plan.unit(number) for number, _ in parts if plan.unit(number).is_dir()]
+    done = sum(log.read_facts(unit)["rows"] for unit in read)
+    total = max(log.estimate_rows(files), done)
+    with tasks.telemetry.progress(total, "log rows", done=done) as bar:
+        for part in left:
+            log.scatter(part, plan, bar.update)
+        bar.total = bar.done  # now it is known
 
 
 def _dropped(plan: BucketPlan, core: Core, usable: int) -> dict[str, int]:
@@ -369,10 +384,14 @@ def _keys_of_range(numbered: Sequence[_Numbered], base: pa.Array, begin: int, en
 
 
 def _distribution(counts: Ints) -> dict[str, Any]:
-    """Return mean and quantiles of the counts that are not 0, for the report."""
+    """Return mean, quantiles and histogram of the counts that are not 0, for the report."""
     counts = counts[counts > 0]
     quantiles = np.quantile(counts, _QUANTILES).round(1).tolist()
+    edges = 2 ** np.arange(int(counts.max()).bit_length())  # 1, 2, 4, ... up to the largest
+    bins = np.searchsorted(edges, counts, side="right") - 1
     return {
+        "edges": edges.tolist(),
+        "counts": np.bincount(bins, minlength=len(edges)).tolist(),
         "mean": round(float(counts.mean()), 2),
         "quantiles": dict(zip(map(str, _QUANTILES), quantiles, strict=True)),
     }

@@ -7,7 +7,7 @@ files, in each of which the n-th record batch belongs to bucket n: the run's use
 import dataclasses
 import json
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,17 @@ def estimate_rows(files: Sequence[RawFile]) -> int:
     return int(sum(max(file.size, 0) for file in files) * rows_per_byte)
 
 
-def scatter(numbered_piece: tuple[int, Piece], plan: LogPlan) -> int:
+def scatter(
+    numbered_piece: tuple[int, Piece],
+    plan: LogPlan,
+    report: Callable[[int], None] = lambda _: None,
+) -> int:
     """Write the usable rows of a piece into its unit, by bucket, and the others beside them.
+
+    Args:
+        numbered_piece: number and piece of the log.
+        plan: what the tasks share.
+        report: called with the number of rows that were done since its last call.
 
     Returns:
         Rows of the piece, good and bad.
@@ -141,6 +150,7 @@ def scatter(numbered_piece: tuple[int, Piece], plan: LogPlan) -> int:
                 _write_run(stem, run, rows, position, users, plan, number << _PIECE_BITS)
                 facts["runs"] += 1
             facts["usable"] += len(rows)
+            report(len(run.row))
         facts["rows"] += len(malformed)
         listed.add_malformed(malformed)
         facts["quarantined"] = listed.close()

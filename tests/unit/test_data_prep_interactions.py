@@ -480,3 +480,12 @@ def test_no_rating_and_no_time_are_null(tmp_path: Path, telemetry: Telemetry) ->
 def test_a_key_is_hashed_the_same_in_every_run() -> None:
     # Part of the format of a split: other numbers would move interactions between versions.
     assert hashing.hash_keys(pa.array(["user-1"])).tolist() == [16005154187258756048]
+
+
+def test_reading_in_one_process_shows_every_run(
+    tmp_path: Path, telemetry: Telemetry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(
+        settings(write_log(tmp_path / "log.parquet", random_log(11))), tmp_path / "out", telemetry
+    )
+    assert "400/400 log rows in" in capsys.readouterr().out
