@@ -13,9 +13,10 @@ from urllib.parse import quote
 
 import fsspec
 
+from data_prep.addresses import SCHEMES, Policy, parse, without_secrets
 from data_prep.images import BadImage, ImageRules
 from data_prep.quarantine import Reason
-from data_prep.web import SCHEMES, Policy, WebClient, parse, without_secrets
+from data_prep.web import WebClient
 
 ABSENT = "absent"
 FORBIDDEN = "forbidden"

@@ -5,14 +5,11 @@ second time leads nowhere else, and every wait, that for headers too, ends with 
 Proxies of the environment are not used: they would connect on their own account.
 """
 
-import base64
 import contextlib
 import dataclasses
 import email.utils
 import http.client
 import io
-import ipaddress
-import re
 import socket
 import ssl
 import threading
@@ -21,14 +18,20 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote, unquote, urljoin, urlsplit
 
+from data_prep.addresses import (
+    PORTS,
+    Policy,
+    Target,
+    checked_addresses,
+    joined,
+    parse,
+    without_secrets,
+)
 from data_prep.config import HttpConfig
 from data_prep.images import BadImage
 from data_prep.quarantine import Reason
 
-SCHEMES = ("http", "https")
-_PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _GONE = (404, 410)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
@@ -37,107 +40,6 @@ _DISCARDED_BYTES = 65_536
 _MAX_IDLE = 64
 # Pictures in a row that a host may cost all attempts; a dead host of thousands would take hours.
 _MAX_IN_VAIN = 10
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_SECRETS = re.compile(r"(?<=://)[^/\s@]*(?:@[^/\s@]*)*@|\?[^\s'\"]+")
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """Where pictures may come from.
-
-    Attributes:
-        schemes: allowed schemes, in small letters.
-        hosts: allowed hosts, exact or ``*.example.com``; empty: all with a public address.
-    """
-
-    schemes: tuple[str, ...]
-    hosts: tuple[str, ...]
-
-    def lists(self, host: str) -> bool:
-        """Say whether the recipe names the host; only then its address need not be public."""
-        return any(
-            host == allowed or (allowed.startswith("*.") and host.endswith(allowed[1:]))
-            for allowed in self.hosts
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """An address that the policy allows, taken apart.
-
-    Attributes:
-        shown: the address without user, password and query, for messages.
-        path: path and query as they stand in the request.
-        authorization: value of the header for a user and password in the address, else None.
-    """
-
-    url: str
-    shown: str
-    scheme: str
-    host: str
-    port: int
-    path: str
-    authorization: str | None
-
-    @property
-    def origin(self) -> tuple[str, str, int]:
-        """What a connection can be used again for."""
-        return self.scheme, self.host, self.port
-
-
-def parse(url: str, policy: Policy) -> Target:
-    """Take an address apart and hold it against the policy; nobody is asked.
-
-    Raises:
-        BadImage: it is no address, or its scheme or host is not allowed.
-    """
-    shown = without_secrets(url)
-    try:
-        parts = urlsplit(url.strip())
-        host = (parts.hostname or "").rstrip(".")
-        if ":" not in host:
-            host = host.encode("idna").decode()
-        port = parts.port or _PORTS.get(parts.scheme, 0)
-    except ValueError as error:  # UnicodeError is one
-        raise BadImage(Reason.IMAGE_BAD_URL, f"{shown}: {error}") from error
-    if parts.scheme not in SCHEMES or parts.scheme not in policy.schemes:
-        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{shown}: scheme not in images.allowed_schemes")
-    if not host or re.search(r"[\s\x00-\x20%]", host):
-        raise BadImage(Reason.IMAGE_BAD_URL, f"{shown}: no host in it")
-    if policy.hosts and not policy.lists(host):
-        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{shown}: host not in images.allowed_hosts")
-    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-    if parts.query:
-        path += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
-    return Target(
-        url=parts.geturl(),
-        shown=shown,
-        scheme=parts.scheme,
-        host=host,
-        port=port,
-        path=path,
-        authorization=_authorization(parts.username, parts.password),
-    )
-
-
-def without_secrets(text: str) -> str:
-    """Return a text with the users, passwords and queries of all addresses in it taken out."""
-    return _SECRETS.sub(lambda match: "" if match.group().endswith("@") else "?...", text)
-
-
-def is_public(address: Address) -> bool:
-    """Say whether an address is one of the public internet, also as a part of another one."""
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in _NAT64:
-            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if address.teredo:
-            inner = address.teredo[1]
-        if inner is not None:
-            return is_public(inner)
-    return address.is_global and not address.is_multicast
 
 
 class _Passing(Exception):
@@ -148,6 +50,7 @@ class _Passing(Exception):
         self.reason = reason
         self.detail = detail
         self.wait_seconds = wait_seconds
+        self.attempt = 0
 
 
 @dataclasses.dataclass
@@ -197,35 +100,42 @@ class WebClient:
             BadImage: not allowed, not there, too large, too slow or too often in vain.
         """
         target = parse(url, self._policy)
+        try:
+            data = self._persist(target)
+        except _Passing as failure:
+            with self._lock:
+                self._in_vain[target.host] += 1
+            detail = f"{target.shown}: {failure.detail} (attempt {failure.attempt})"
+            raise BadImage(failure.reason, detail, transient=True) from failure
+        except BadImage:
+            self._in_vain[target.host] = 0  # a refusal is an answer
+            raise
+        self._in_vain[target.host] = 0
+        return data
+
+    def _persist(self, target: Target) -> bytes:
+        """Try until there is an answer, the attempts are used up or the time is over."""
         clock = _Clock(time.monotonic() + self._settings.total_seconds)
         hopeless = self._in_vain[target.host] >= _MAX_IN_VAIN
-        retries = 0 if hopeless else self._settings.retries
-        for attempt in range(retries + 1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
-                data = self._follow(target, clock)
+                return self._follow(target, clock)
             except _Passing as failure:
-                last = failure
-            except BadImage:
-                self._in_vain[target.host] = 0  # a refusal is an answer
-                raise
-            else:
-                self._in_vain[target.host] = 0
-                return data
-            wait = self._wait_seconds(target, attempt, last)
-            out_of_time = time.monotonic() + wait >= clock.end
-            if attempt == retries or out_of_time or self._closed.wait(wait):
-                break
-        with self._lock:
-            self._in_vain[target.host] += 1
-        detail = f"{target.shown}: {last.detail} (attempt {attempt + 1})"
-        raise BadImage(last.reason, detail, transient=True)
+                failure.attempt = attempt
+                wait = self._wait_seconds(target, attempt, failure)
+                is_last = hopeless or attempt > self._settings.retries
+                if is_last or time.monotonic() + wait >= clock.end or self._closed.wait(wait):
+                    raise
 
     def _wait_seconds(self, target: Target, attempt: int, failure: _Passing) -> float:
         if failure.wait_seconds is not None:
             return failure.wait_seconds
         # Between half and all of it, by the address: workers do not come back all at once.
         share = 0.5 + zlib.crc32(f"{attempt}{target.url}".encode()) / 2**33
-        return min(_LONGEST_WAIT_SECONDS, self._settings.backoff_seconds * 2.0**attempt) * share
+        longest = self._settings.backoff_seconds * 2.0 ** min(attempt - 1, 30)
+        return min(_LONGEST_WAIT_SECONDS, longest) * share
 
     def _follow(self, target: Target, clock: _Clock) -> bytes:
         for _ in range(self._settings.max_redirects + 1):
@@ -233,7 +143,7 @@ class WebClient:
                 answer = self._ask(target, clock)
             if isinstance(answer, bytes):
                 return answer
-            target = parse(_joined(target, answer), self._policy)
+            target = parse(joined(target, answer), self._policy)
         raise BadImage(
             Reason.IMAGE_HTTP_ERROR,
             f"{target.shown}: more than {self._settings.max_redirects} redirects",
@@ -369,7 +279,7 @@ class _Connection(http.client.HTTPConnection):
         self, target: Target, policy: Policy, settings: HttpConfig, tls: ssl.SSLContext | None
     ) -> None:
         super().__init__(target.host, target.port, timeout=settings.timeout_seconds)
-        self.default_port = _PORTS[target.scheme]
+        self.default_port = PORTS[target.scheme]
         self.used = False
         self.clock = _Clock(0.0)
         self.target = target
@@ -379,7 +289,7 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect to the first checked address that answers."""
         refused: OSError | None = None
-        for address in _checked_addresses(self.target, self._policy):
+        for address in checked_addresses(self.target, self._policy):
             try:
                 plain = socket.create_connection(address, timeout=self.seconds())
             except OSError as error:
@@ -440,48 +350,6 @@ class _TimedReader(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
-
-
-def _checked_addresses(target: Target, policy: Policy) -> list[tuple[str, int]]:
-    """Resolve a name; return the addresses that it is allowed to have.
-
-    Raises:
-        BadImage: none of them is public, and the recipe does not name the host.
-    """
-    try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        if error.errno != socket.EAI_NONAME:
-            raise
-        detail = f"{target.shown}: no such host"  # asking again at once would cost minutes a chunk
-        raise BadImage(Reason.IMAGE_UNREACHABLE, detail, transient=True) from error
-    addresses = [str(entry[4][0]) for entry in found]
-    if not policy.lists(target.host):
-        public = [a for a in addresses if is_public(ipaddress.ip_address(a.partition("%")[0]))]
-        if addresses and not public:
-            raise BadImage(
-                Reason.IMAGE_FORBIDDEN,
-                f"{target.shown}: {addresses[0]} is not a public address, and the host is not in "
-                f"images.allowed_hosts",
-            )
-        addresses = public
-    return [(address, target.port) for address in dict.fromkeys(addresses)]
-
-
-def _joined(target: Target, location: str) -> str:
-    """Return where a redirect leads; its address may be relative to the one that was asked."""
-    try:
-        return urljoin(target.url, location)
-    except ValueError as error:
-        shown = without_secrets(location)
-        raise BadImage(Reason.IMAGE_BAD_URL, f"{target.shown} leads to {shown}") from error
-
-
-def _authorization(user: str | None, password: str | None) -> str | None:
-    if user is None:
-        return None
-    pair = f"{unquote(user)}:{unquote(password or '')}"
-    return "Basic " + base64.b64encode(pair.encode()).decode()
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -12,7 +12,7 @@ import yaml
 from alignrec import configuration
 from alignrec.errors import UserError
 from alignrec.stage import ReadsSources
-from data_prep import STAGE, adapters, web
+from data_prep import STAGE, adapters, addresses
 from data_prep.config import DataPrepConfig
 from data_prep.quarantine import Reason
 from data_prep.sources import PUBLIC_SOURCES
@@ -93,8 +93,8 @@ def test_the_amazon_recipe_allows_the_hosts_of_its_pictures(address: str) -> Non
     )
     config = load(**tree["data_prep"])
     assert config.items.path == "data/amazon/meta_Baby.json.gz"
-    policy = web.Policy(config.images.allowed_schemes, config.images.allowed_hosts)
-    assert web.parse(address, policy).host in address
+    policy = addresses.Policy(config.images.allowed_schemes, config.images.allowed_hosts)
+    assert addresses.parse(address, policy).host in address
 
 
 def test_speed_settings_do_not_make_a_result_stale() -> None:

@@ -22,12 +22,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from alignrec.errors import UserError
-from data_prep import STAGE, fetching, web
+from data_prep import STAGE, addresses, fetching
+from data_prep.addresses import Policy
 from data_prep.config import HttpConfig
 from data_prep.fetching import Fetcher
 from data_prep.images import BadImage, ImageRules
 from data_prep.quarantine import Reason
-from data_prep.web import Policy
 
 CONTENT = bytes(range(256)) * 40
 MAX_BYTES = 20_000
@@ -395,7 +395,7 @@ def test_a_redirect_to_a_private_address_is_refused(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A public host that sends to the inside: the name is allowed, the address is not."""
-    monkeypatch.setattr(web, "is_public", lambda address: str(address) != "127.0.0.2")
+    monkeypatch.setattr(addresses, "is_public", lambda address: str(address) != "127.0.0.2")
     names = {"public.example": "127.0.0.1", "inside.example": "127.0.0.2"}
     true = socket.getaddrinfo
     monkeypatch.setattr(
@@ -419,12 +419,12 @@ def test_a_redirect_to_a_private_address_is_refused(
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str) -> None:
-    assert not web.is_public(ipaddress.ip_address(address))
+    assert not addresses.is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "64:ff9b::808:808"])
 def test_public_addresses(address: str) -> None:
-    assert web.is_public(ipaddress.ip_address(address))
+    assert addresses.is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(
 ) -> None:
     """A name that resolves to another address the second time gets no second time."""
     asked = resolve_to(monkeypatch, "127.0.0.1")
-    monkeypatch.setattr(web, "is_public", lambda _: True)
+    monkeypatch.setattr(addresses, "is_public", lambda _: True)
     url = f"http://rebinding.example:{host.server_port}/good.jpg"
     assert read(url, allowed_hosts=()) == CONTENT
     assert asked == ["rebinding.example"]
@@ -524,7 +524,7 @@ def test_credentials_are_sent_and_never_shown(host: Host) -> None:
     ],
 )
 def test_secrets_are_taken_out_of_messages(text: str, shown: str) -> None:
-    assert web.without_secrets(text) == shown
+    assert addresses.without_secrets(text) == shown
 
 
 @pytest.fixture
@@ -584,10 +584,10 @@ def test_hosts_of_the_recipe_may_be_names_and_addresses() -> None:
     hosts = ["a.example", "*.B.example", "127.0.0.1", "::1", "my_host", "*.grün.example"]
     config = STAGE.load_config({"source": "synthetic", "images": {"allowed_hosts": hosts}})
     known = Policy(("https",), ImageRules.of(config.images, root="/").allowed_hosts)
-    web.parse("https://x.b.Example/y", known)
-    web.parse("https://x.grün.example/y", known)
+    addresses.parse("https://x.b.Example/y", known)
+    addresses.parse("https://x.grün.example/y", known)
     with pytest.raises(BadImage):
-        web.parse("https://grün.example/y", known)
+        addresses.parse("https://grün.example/y", known)
 
 
 def test_a_user_agent_that_breaks_the_header_is_refused() -> None:
