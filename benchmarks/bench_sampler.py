@@ -85,9 +85,23 @@ def write(folder: Path, work: Path, options: argparse.Namespace) -> dict[str, An
         graph, parts, work / "edges", num_partitions=options.partitions, rank=Rank()
     )
     for partition in range(options.partitions):
-        write_partition(folder, graph, scattered, parts, partition, features=features)
+        write_partition(
+            folder,
+            graph,
+            scattered,
+            parts,
+            partition,
+            features=features,
+            feature_dtype=features.dtype,
+        )
     write_maps(
-        folder, graph, scattered, parts, num_partitions=options.partitions, features=features
+        folder,
+        graph,
+        scattered,
+        parts,
+        num_partitions=options.partitions,
+        num_features=64,
+        feature_dtype=features.dtype,
     )
     train_items = np.flatnonzero(degree[schema.ITEM]).astype(np.int32)
     np.save(schema.train_items_path(folder), train_items)

@@ -143,9 +143,17 @@ def write_graph(
     scattered = scatter_edges(
         graph, parts, draft.work / "edges", num_partitions=config.num_partitions, rank=rank
     )
+    half = config.partition_features == "float16"
+    feature_dtype = np.dtype(np.float16) if half else inputs.features.dtype
     for partition in range(config.num_partitions)[rank.index :: rank.world_size]:
         layout.write_partition(
-            draft.path, graph, scattered, parts, partition, features=inputs.features
+            draft.path,
+            graph,
+            scattered,
+            parts,
+            partition,
+            features=inputs.features,
+            feature_dtype=feature_dtype,
         )
     barrier(rank)
     if not rank.is_first:
@@ -156,7 +164,8 @@ def write_graph(
         scattered,
         parts,
         num_partitions=config.num_partitions,
-        features=inputs.features,
+        num_features=inputs.features.shape[1],
+        feature_dtype=feature_dtype,
     )
     train_items = np.flatnonzero(graph.degree[ITEM]).astype(np.int32)
     np.save(schema.train_items_path(draft.path), train_items)

@@ -54,6 +54,9 @@ class GraphConfig:
     partition_similar_edges: bool = option(
         True, "whether item-item edges between partitions count too"
     )
+    partition_features: Literal["as_given", "float16"] = option(
+        "as_given", "numbers of the content features in the partitions; float16 halves float32"
+    )
     seed: int = option(0, "seed of the partitioner and of the approximate search", minimum=0)
     block_rows: int = option(1024, "items compared at once, rows", minimum=1, affects_result=False)
     block_columns: int = option(

@@ -33,6 +33,7 @@ def write_partition(
     partition: int,
     *,
     features: npt.NDArray[np.floating],
+    feature_dtype: np.dtype[Any],
 ) -> None:
     """Write the edges and features of one partition; what is there already is whole, and stays.
 
@@ -43,6 +44,7 @@ def write_partition(
         parts: partition of every node.
         partition: which one, possibly empty.
         features: (num_items, dim) content features; may be memory-mapped.
+        feature_dtype: what they are stored as.
     """
     final = schema.partition_path(folder, partition)
     if final.exists():
@@ -50,10 +52,17 @@ def write_partition(
     path = final.with_name(f"{final.name}.writing")
     node_offset = _offsets([graph.num_nodes[node_type] for node_type in NODE_TYPES])
     edge_offset = _offsets([graph.num_edges[edge_type] for edge_type in EDGE_TYPES])
-    nodes = {}
+    nodes: dict[NodeType, dict[str, Any]] = {}
     for node_type, offset in zip(NODE_TYPES, node_offset, strict=True):
         ids = np.flatnonzero(parts[node_type] == partition)
-        nodes[node_type] = _node_features(graph, node_type, ids, offset, features)
+        nodes[node_type] = {
+            "global_id": torch.from_numpy(ids + offset),
+            "id": torch.from_numpy(ids),
+            "feats": {"degree": torch.from_numpy(graph.degree[node_type][ids])},
+        }
+        if node_type == ITEM:
+            rows = _as_dtype(np.ascontiguousarray(features[ids]), feature_dtype)
+            nodes[node_type]["feats"]["x"] = torch.from_numpy(rows)
     _save(path / "node_feats.pt", nodes)
     del nodes
     tables, weights = {}, {}
@@ -72,7 +81,8 @@ def write_maps(
     parts: Assignment,
     *,
     num_partitions: int,
-    features: npt.NDArray[np.floating],
+    num_features: int,
+    feature_dtype: np.dtype[Any],
 ) -> None:
     """Write node and edge maps, and META.json last."""
     for edge_type in EDGE_TYPES:
@@ -89,8 +99,8 @@ def write_maps(
             "node_offset": _offsets([graph.num_nodes[node_type] for node_type in NODE_TYPES]),
             "is_hetero": True,
             "is_sorted": True,
-            "num_features": features.shape[1],
-            "feature_dtype": features.dtype.name,
+            "num_features": num_features,
+            "feature_dtype": feature_dtype.name,
             "num_nodes": dict(graph.num_nodes),
             "num_edges": {"__".join(t): size for t, size in graph.num_edges.items()},
         },
@@ -144,21 +154,12 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _node_features(
-    graph: GraphStreams,
-    node_type: NodeType,
-    ids: npt.NDArray[np.int64],
-    offset: int,
-    features: npt.NDArray[np.floating],
-) -> dict[str, Any]:
-    tensors = {"degree": torch.from_numpy(graph.degree[node_type][ids])}
-    if node_type == ITEM:
-        tensors["x"] = torch.from_numpy(np.ascontiguousarray(features[ids]))
-    return {
-        "global_id": torch.from_numpy(ids + offset),
-        "id": torch.from_numpy(ids),
-        "feats": tensors,
-    }
+def _as_dtype(rows: npt.NDArray[np.floating], dtype: np.dtype[Any]) -> npt.NDArray[np.floating]:
+    """Convert features; what float16 cannot hold becomes its largest number, not infinity."""
+    if rows.dtype == dtype:
+        return rows
+    limit = np.finfo(dtype).max
+    return rows.clip(-limit, limit).astype(dtype)
 
 
 def _edge_tables(

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch_geometric.loader import LinkLoader, NodeLoader
 from torch_geometric.sampler import HeteroSamplerOutput, NegativeSampling
 
 from alignrec.distributed.exchange import Exchange
+from alignrec.graph.caching import Traffic
 from alignrec.graph.hashing import hash_ids, salt, uniform
 from alignrec.graph.sampler import Extras, NeighborSampler
 from alignrec.graph.schema import ITEM, RATES, NodeType
@@ -32,6 +34,7 @@ class TripleSettings:
         global_batch_size: triples in a step over all ranks, on average.
         num_negatives: negative items for each interaction.
         seed: of order, negatives and samples.
+        cache_bytes: memory for content features of other ranks' items; changes no batch.
     """
 
     num_neighbors: tuple[int, ...]
@@ -39,12 +42,17 @@ class TripleSettings:
     global_batch_size: int
     num_negatives: int = 1
     seed: int = 0
+    cache_bytes: int = 1 << 27
 
 
 class TripleLoader(LinkLoader):  # type: ignore[misc]
     """Every training interaction once an epoch over all ranks, with negatives and neighbourhoods.
 
     A rank gets the interactions of the users that it owns. All ranks do ``num_steps`` steps.
+
+    Attributes:
+        num_steps: steps in an epoch.
+        traffic: what sampling has asked of other ranks; hand it to ``prefetch`` too.
     """
 
     def __init__(
@@ -54,16 +62,21 @@ class TripleLoader(LinkLoader):  # type: ignore[misc]
         self.num_steps = math.ceil(graph.num_edges[RATES] / settings.global_batch_size)
         self._order = TripleOrder(users, items, seed=settings.seed, num_steps=self.num_steps)
         self._exchange = exchange
+        self.traffic = Traffic()
         sampler = NeighborSampler(
             graph,
             exchange,
             num_neighbors=settings.num_neighbors,
             similar_neighbors=settings.similar_neighbors,
             seed=settings.seed,
+            traffic=self.traffic,
+        )
+        features = DistributedFeatures(
+            graph, exchange, joined=(), cache_bytes=settings.cache_bytes, traffic=self.traffic
         )
         super().__init__(
             # Content is looked up below, for the items that need it instead of for all.
-            data=(DistributedFeatures(graph, exchange, joined=()), graph),
+            data=(features, graph),
             link_sampler=sampler,
             edge_label_index=(RATES, torch.stack([users, items])),
             neg_sampling=NegativeSampling("triplet", settings.num_negatives),
@@ -204,8 +217,10 @@ def attach_extras(batch: HeteroData, extras: Extras, features: DistributedFeatur
     return batch
 
 
-def prefetch(batches: Iterator[HeteroData], *, depth: int) -> Iterator[HeteroData]:
-    """Make up to ``depth`` batches ahead in a thread.
+def prefetch(
+    batches: Iterator[HeteroData], *, depth: int, traffic: Traffic | None = None
+) -> Iterator[HeteroData]:
+    """Make up to ``depth`` batches ahead in a thread; ``traffic`` counts the wait for them.
 
     The batches' exchange must have a process group of its own. When the consumer stops early, the
     thread still makes the batches up to ``depth`` ahead, so that ranks that stop after the same
@@ -225,7 +240,13 @@ def prefetch(batches: Iterator[HeteroData], *, depth: int) -> Iterator[HeteroDat
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
-        while (entry := done.get()) is not None:
+        while True:
+            started = time.monotonic()
+            entry = done.get()
+            if traffic is not None:
+                traffic.add(wait_seconds=time.monotonic() - started)
+            if entry is None:
+                return
             if isinstance(entry, BaseException):
                 raise entry
             yield entry

@@ -21,6 +21,7 @@ from torch_geometric.sampler import (
 )
 
 from alignrec.distributed.exchange import Exchange, ragged_index
+from alignrec.graph.caching import Traffic
 from alignrec.graph.hashing import hash_ids, salt, uniform_below
 from alignrec.graph.negatives import Positives, draw_negatives
 from alignrec.graph.schema import (
@@ -68,6 +69,7 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
         similar_neighbors: fanout of ``similar`` at each content layer; empty without content.
         seed: of all samples.
         epoch: samples differ from epoch to epoch; set it before sampling.
+        traffic: counts the nodes that are sampled.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
         num_neighbors: Sequence[int],
         similar_neighbors: Sequence[int],
         seed: int,
+        traffic: Traffic | None = None,
     ) -> None:
         _check_fanouts(num_neighbors, similar_neighbors)
         super().__init__()
@@ -85,6 +88,7 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
         self.similar_neighbors = tuple(similar_neighbors)
         self.seed = seed
         self.epoch = 0
+        self.traffic = traffic or Traffic()
         self._graph = graph
         self._exchange = exchange
         own = graph.neighbors[REV_RATES]
@@ -223,7 +227,10 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
             ids = self._tables[edge_type[2]].ids_at(targets)
             codes.append((ids << _TYPE_BITS) | EDGE_TYPES.index(edge_type))
             owners.append(self._graph.owner_of(edge_type[2], ids))
-        route = self._exchange.send(torch.cat(codes), torch.cat(owners))
+        owner = torch.cat(owners)
+        remote = int((owner != self._exchange.rank_index).sum())
+        self.traffic.add(nodes=len(owner), remote_nodes=remote)
+        route = self._exchange.send(torch.cat(codes), owner)
         answer = self._answer(route.received, fanouts, step)
         lengths, sources, weights = route.reply_ragged(*answer)
         result = {}

@@ -13,6 +13,7 @@ from torch_geometric.data.graph_store import EdgeLayout
 from alignrec.distributed.exchange import Exchange, gather_rows
 from alignrec.distributed.process_group import Rank
 from alignrec.graph import layout, schema
+from alignrec.graph.caching import RowCache, Traffic
 from alignrec.graph.schema import EDGE_TYPES, ITEM, NODE_TYPES, USER, EdgeType, NodeType
 
 
@@ -114,6 +115,16 @@ class PartitionedGraph(GraphStore):  # type: ignore[misc]
             first += len(part)
         return result
 
+    def row_cache(self, size_bytes: int) -> RowCache | None:
+        """Return a cache for other ranks' content features, None where it would hold no row."""
+        capacity = size_bytes // max(self.num_features * self._feature_dtype.itemsize, 1)
+        capacity = min(capacity, self.num_nodes[ITEM] - len(self.owned[ITEM]))
+        if capacity <= 0:
+            return None
+        return RowCache(
+            self.num_nodes[ITEM], capacity, dim=self.num_features, dtype=self._feature_dtype
+        )
+
     def training_edges(self) -> tuple[Int32[Tensor, " n"], Int32[Tensor, " n"]]:
         """Return (user_index, item_index) of the interactions of this rank's users."""
         lists = self.neighbors[schema.REV_RATES]
@@ -186,6 +197,7 @@ class DistributedFeatures(FeatureStore):  # type: ignore[misc]
 
     Attributes:
         joined: which features PyG's loaders attach to every node of a batch.
+        traffic: counts what ``content`` reads.
     """
 
     def __init__(
@@ -193,9 +205,27 @@ class DistributedFeatures(FeatureStore):  # type: ignore[misc]
         graph: PartitionedGraph,
         exchange: Exchange,
         joined: tuple[tuple[NodeType, str], ...] = ((ITEM, "x"),),
+        *,
+        cache_bytes: int = 0,
+        traffic: Traffic | None = None,
     ) -> None:
+        """Open the features.
+
+        Args:
+            graph: this rank's share.
+            exchange: with the other ranks.
+            joined: see above.
+            cache_bytes: memory for content features of other ranks' items; 0 keeps none.
+            traffic: where to count; None counts in one of its own.
+        """
         super().__init__()
-        self.__dict__.update(_graph=graph, _exchange=exchange, joined=joined)
+        self.__dict__.update(
+            _graph=graph,
+            _exchange=exchange,
+            _cache=graph.row_cache(cache_bytes) if exchange.world_size > 1 else None,
+            joined=joined,
+            traffic=traffic or Traffic(),
+        )
 
     def get_all_tensor_attrs(self) -> list[TensorAttr]:
         """Describe the joined features."""
@@ -223,11 +253,34 @@ class DistributedFeatures(FeatureStore):  # type: ignore[misc]
         return rows.float() if name == "x" else rows
 
     def content(self, items: Int64[Tensor, " n"]) -> Float32[Tensor, "n num_features"]:
-        """Return the content features of distinct items; collective."""
-        graph: PartitionedGraph = self._graph
-        route = self._exchange.send(items, graph.owner_of(ITEM, items))
-        rows: Tensor = route.reply(graph.features(graph.local_rows(ITEM, route.received)))
+        """Return the content features of distinct items; collective.
+
+        Rows of other ranks that are in the cache do not travel.
+        """
+        owners = self._graph.owner_of(ITEM, items)
+        remote = owners != self._exchange.rank_index
+        cache: RowCache | None = self._cache
+        found = torch.zeros_like(remote) if cache is None else cache.has(items)
+        self.traffic.add(
+            rows=len(items), remote_rows=int(remote.sum()), cached_rows=int(found.sum())
+        )
+        if cache is None:
+            return self._ask(items, owners).float()
+        here, absent = found.nonzero()[:, 0], (~found).nonzero()[:, 0]
+        arrived = self._ask(items[absent], owners[absent])
+        foreign = remote[absent].nonzero()[:, 0]
+        rows = arrived.new_empty((len(items), arrived.shape[1]))
+        rows[absent], rows[here] = arrived, cache.read(items[here])
+        cache.offer(items[absent][foreign], arrived[foreign])
         return rows.float()
+
+    def _ask(
+        self, items: Int64[Tensor, " n"], owners: Int64[Tensor, " n"]
+    ) -> Shaped[Tensor, "n num_features"]:
+        graph: PartitionedGraph = self._graph
+        route = self._exchange.send(items, owners)
+        rows: Tensor = route.reply(graph.features(graph.local_rows(ITEM, route.received)))
+        return rows
 
     def _get_tensor_size(self, attr: TensorAttr) -> tuple[int, ...]:
         size = (self._graph.num_nodes[attr.group_name],)

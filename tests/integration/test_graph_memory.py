@@ -63,7 +63,13 @@ def peak_bytes(folder: Path, num_edges: int, num_partitions: int) -> int:
     )
     for partition in range(num_partitions):
         layout.write_partition(
-            folder / "graph", graph, scattered, parts, partition, features=features
+            folder / "graph",
+            graph,
+            scattered,
+            parts,
+            partition,
+            features=features,
+            feature_dtype=features.dtype,
         )
     layout.write_maps(
         folder / "graph",
@@ -71,7 +77,8 @@ def peak_bytes(folder: Path, num_edges: int, num_partitions: int) -> int:
         scattered,
         parts,
         num_partitions=num_partitions,
-        features=features,
+        num_features=DIM,
+        feature_dtype=features.dtype,
     )
     arrow = max(pa.default_memory_pool().max_memory() - before, 0)
     return tracemalloc.get_traced_memory()[1] + arrow

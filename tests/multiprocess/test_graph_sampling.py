@@ -50,7 +50,8 @@ def collect_rows(graph: Path, fanout: int, layers: int, rank: Rank) -> dict[str,
     exchange = Exchange(rank, new_group(timeout_seconds=60))
     store = PartitionedGraph.open(graph, rank)
     loader = TripleLoader(store, exchange, settings(fanout, layers))
-    with contextlib.closing(prefetch(loader.epoch(1), depth=2)) as batches:
+    batches = prefetch(loader.epoch(1), depth=2, traffic=loader.traffic)
+    with contextlib.closing(batches):
         for batch in batches:
             h = batch_propagation(batch, parameters)
             user, positive = batch[USER].src_index, batch[ITEM].dst_pos_index
@@ -62,6 +63,7 @@ def collect_rows(graph: Path, fanout: int, layers: int, rank: Rank) -> dict[str,
             triples = torch.cat([users[user, None], items[positive, None], items[negative]], 1)
             result["triples"] += [(batch.step, *triple) for triple in triples.tolist()]
             result["totals"].append((batch.step, len(user), batch.num_triples))
+    result["traffic"] = loader.traffic.take()
     return result | {kind: torch.cat(parts).numpy() for kind, parts in rows.items()}
 
 
@@ -190,3 +192,17 @@ def test_ranks_and_partitions_do_not_change_the_sample(
 def ordered(rows: np.ndarray) -> np.ndarray:
     """Sort rows by node and then values, so that equal sets of rows compare equal."""
     return rows[np.lexsort(rows.round(4).T[::-1])]
+
+
+@pytest.mark.multiprocess
+def test_traffic_is_counted_and_rows_are_found_again(ranks: Any) -> None:
+    """Other tests hold that batches with found rows are those of a rank that asks nobody."""
+    alone = ranks[1][0]["graph2 -1 2"]["traffic"]
+    assert alone["sampling/remote_node_share"] == alone["sampling/remote_row_share"] == 0
+    assert alone["sampling/wait_seconds"] > 0
+    for rank in ranks[2]:
+        traffic = rank["graph2 -1 2"]["traffic"]
+        assert 0.2 < traffic["sampling/remote_node_share"] < 0.8
+        assert 0.2 < traffic["sampling/remote_row_share"] < 0.8
+        # Four steps want nearly all items: they are kept at the second and found from the third.
+        assert 0.3 < traffic["sampling/cache_hit_rate"] < 0.6

@@ -161,6 +161,24 @@ def test_stores_speak_pygs_interface(folders: Any) -> None:
         features.get_tensor(group_name=ITEM, attr_name="x", index=None)
 
 
+def test_features_in_half_precision(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "dataset", num_items=30, num_users=25)
+    features = write_features(tmp_path / "features", num_items=30)
+    rows = np.load(features / "features.npy")
+    rows[3, 0] = 1e6
+    np.save(features / "features.npy", rows)
+    graph = write_graph(
+        tmp_path / "graph", dataset=dataset, features=features, partition_features="float16"
+    )
+    store = PartitionedGraph.open(graph, Rank())
+    found = store.features(store.local_rows(ITEM, torch.arange(30)))
+    assert found.dtype == torch.float16
+    expected = rows.astype(np.float64).clip(-65504, 65504)
+    np.testing.assert_allclose(found.double(), expected, rtol=1e-3, atol=1e-6)
+    content = DistributedFeatures(store, Exchange(Rank())).content(torch.arange(30))
+    torch.testing.assert_close(content, found.float())
+
+
 def test_missing_metadata_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"META\.json cannot be read"):
         PartitionedGraph.open(tmp_path, Rank())
