@@ -296,8 +296,8 @@ def _connect(address: str | None, config: DataPrepConfig) -> None:
         )
     except Exception as error:  # Ray raises a bare one when its processes take above 30 s
         raise StageFailure(
-            f"Ray did not start on this machine ({' '.join(str(error).split())[:300]}). It may be short of CPU or "
-            f"memory just now. Run the same command again: it resumes."
+            f"Ray did not start on this machine ({' '.join(str(error).split())[:300]}). It may be "
+            f"short of CPU or memory just now. Run the same command again: it resumes."
         ) from error
 
 
