@@ -100,9 +100,14 @@ def recover(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in sorted(root.glob(".*.writing")):
         path.unlink(missing_ok=True)
+    finished = numbers(root)
     for draft in sorted(root.glob("*.partial")):
-        if _is_number(draft.stem) and (draft / artifacts.MANIFEST).exists():
+        if not _is_number(draft.stem):
+            continue
+        if (draft / artifacts.MANIFEST).exists():
             _release(draft, root)
+        elif finished and int(draft.stem) <= finished[-1]:
+            shutil.rmtree(draft, ignore_errors=True)  # a worker that outlived its run
     for number in numbers(root):
         version = root / f"{number:0{_DIGITS}d}"
         if artifacts.is_unsettled(version):

@@ -1,8 +1,7 @@
-"""Versions of a dataset: one run at a time, a latest that is always whole, kills between steps."""
+"""Versions of a dataset: numbers, links, pruning, and one run at a time."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,43 +15,6 @@ from alignrec import artifacts
 from alignrec.errors import StageFailure, UserError
 from data_prep import lock, versions
 from data_prep.lock import LOCK, Lock
-
-ROOT = Path(__file__).resolve().parents[2]
-# For each line "text n": a child that makes a version of the text and kills itself before the n-th
-# call that changes the file system. Children of one process: each would take long to import.
-_PROGRAM = """
-import os, signal, sys
-from pathlib import Path
-from alignrec import artifacts
-from data_prep import versions
-artifacts.producer = dict  # asks git, which takes most of the time
-root = Path(sys.argv[1])
-EVENTS = ("os.rename", "os.remove", "os.symlink", "os.link", "os.mkdir", "os.rmdir", "os.utime")
-
-def make(text, fatal):
-    seen = 0
-    def watch(event, arguments):
-        nonlocal seen
-        opened = event == "open" and arguments[1] and set(arguments[1]) & set("wax")
-        if opened or event in EVENTS:
-            seen += 1
-            if seen == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(watch)
-    with versions.writing(
-        root, root.parent / "out", keep=2, kind="dataset", fingerprint=text, config={}, run="r",
-        say=lambda _: None,
-    ) as growing:
-        (growing.draft.path / "data.txt").write_text(text)
-        (growing.draft.work / "position").write_text("7")
-
-for line in sys.stdin:
-    text, fatal = line.split()
-    if not (child := os.fork()):
-        make(text, int(fatal))
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 
 def write(
@@ -167,43 +129,6 @@ def test_a_failed_run_leaves_its_draft_and_no_lock(root: Path) -> None:
         run="test", say=lambda _: None,
     ) as growing:  # fmt: skip
         assert (growing.draft.work / "position").read_text() == "7"
-
-
-def test_a_kill_before_any_step_leaves_old_or_new_and_the_next_run_ends_it(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every call that changes the file system is the last one of a run, in turn."""
-    monkeypatch.setattr(artifacts, "producer", dict)
-    for text in ("one", "two"):
-        write(root, text, keep=2)
-    number, fatal, seen = 2, 0, set()
-    with subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(root)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
-        while True:
-            fatal += 1
-            process.stdin.write(f"text{fatal} {fatal}\n")
-            process.stdin.flush()
-            code = int(process.stdout.readline())
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL
-            found = artifacts.verify(root / "latest").fingerprint
-            assert found in (f"text{fatal}", f"text{fatal - 1}", "two")
-            assert artifacts.verify(root.parent / "out").kind == "dataset"
-            seen.add(found == f"text{fatal}")
-            number += 1
-            assert write(root, f"text{fatal}", keep=2) == f"{number:06d}"
-            assert names(root) == [f"{number - 1:06d}", f"{number:06d}", "latest"]
-            whole = sorted(p.name for p in (root / "latest").iterdir())
-            assert whole == ["data.txt", "manifest.json"]
-            artifacts.verify(root.parent / "out")
-    assert seen == {True, False}
-    assert fatal > 25
-    assert sorted(p.name for p in root.parent.iterdir()) == ["out", "versions"]
 
 
 @pytest.fixture
