@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def main() -> None:
         bare.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args()
     if options.part == "bare":
-        bare_loop(options.table, options.pictures, options.output)
+        bare_loops(options.table, options.pictures, options.output)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.work or Path(temporary)).absolute()
@@ -135,13 +136,23 @@ def throughput(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def bare_loop(table: Path, pictures: Path, output: Path) -> None:
-    """Decode at the best scale, resize, encode, write: what cannot be left out."""
+def bare_loops(table: Path, pictures: Path, output: Path) -> None:
+    """Run one bare loop a core, so that each has what a core gives when all are busy."""
     output.mkdir(parents=True)
     rows = pq.read_table(table).to_pylist()
-    with webdataset.ShardWriter(
-        str(output / "%06d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0
-    ) as shards:
+    num = os.cpu_count() or 1
+    with ProcessPoolExecutor(num) as pool:
+        parts = [
+            pool.submit(bare_loop, rows[part::num], pictures, output / f"{part}-%06d.tar")
+            for part in range(num)
+        ]
+        for part in parts:
+            part.result()
+
+
+def bare_loop(rows: list[dict[str, str]], pictures: Path, pattern: Path) -> None:
+    """Decode at the best scale, resize, encode, write: what cannot be left out."""
+    with webdataset.ShardWriter(str(pattern), maxcount=SAMPLES_PER_SHARD, verbose=0) as shards:
         for number, row in enumerate(rows):
             image = Image.open(io.BytesIO((pictures / row["image"]).read_bytes()))
             scale = min(1.0, MAX_SIDE / max(image.size))
@@ -151,13 +162,9 @@ def bare_loop(table: Path, pictures: Path, output: Path) -> None:
             small = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=QUALITY)
-            shards.write(
-                {
-                    "__key__": f"{number:012d}",
-                    "jpg": buffer.getvalue(),
-                    "json": {"item_key": row["item_id"], "title": row["title"]},
-                }
-            )
+            document = {"item_key": row["item_id"], "title": row["title"]}
+            sample = {"__key__": f"{number:012d}", "jpg": buffer.getvalue(), "json": document}
+            shards.write(sample)
 
 
 def _alternate(repeats: int, **runs: Callable[[], Cost]) -> dict[str, list[Cost]]:
