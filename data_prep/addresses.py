@@ -99,6 +99,8 @@ def parse(url: str, policy: Policy) -> Target:
 
 def without_secrets(text: str) -> str:
     """Return a text with the users, passwords and queries of all addresses in it taken out."""
+    if "://" not in text:
+        return text  # a question mark in a file's name is no query
     return _SECRETS.sub(lambda match: "" if match.group().endswith("@") else "?...", text)
 
 
