@@ -27,6 +27,9 @@ from alignrec.testing.malformed.pictures import COLOUR, PictureCase, good_pictur
 from alignrec.testing.malformed.rows import ITEM_COLUMNS, LOG_COLUMNS, RowCase
 from alignrec.testing.malformed.web import HostileHost, WebCase
 from data_prep import STAGE
+from data_prep.config import ImagesConfig
+from data_prep.fetching import Fetcher
+from data_prep.images import BadImage, ImageRules
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +65,7 @@ class Raw:
 
     def __init__(self, folder: Path, host: HostileHost) -> None:
         self.folder = folder
+        self.port = host.port
         self.pictures: dict[str, PictureCase] = {
             f"picture-{case.name}": case for case in pictures.picture_cases()
         }
@@ -346,6 +350,15 @@ def test_no_picture_makes_the_reader_large(raw: Raw) -> None:
     assert int(result.stdout) < 100
 
 
+@pytest.mark.parametrize("name", web.PRIVATE_HOSTS)
+def test_no_host_of_another_network_is_asked_unless_it_is_listed(raw: Raw, name: str) -> None:
+    config = ImagesConfig(allowed_schemes=("http",), **PICTURE_RULES)
+    with Fetcher(ImageRules.of(config, root="/nowhere")) as fetcher:
+        with pytest.raises(BadImage) as refused:
+            fetcher.read(f"http://{name}:{raw.port}/picture")
+    assert refused.value.reason == "image_forbidden_location"
+
+
 def test_above_the_budget_nothing_is_published(
     raw: Raw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,3 +426,16 @@ def test_a_file_that_is_not_whole_fails_the_run_by_its_name(
     assert told.count("\n") == 1
     assert len(told) < 1500
     assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize("name", ["csv-gz-cut-at", "parquet-footer-noise", "one-line-of-96-MB"])
+def test_the_command_says_which_file_is_not_whole(tmp_path: Path, name: str) -> None:
+    case = next(case for case in TABLES["items"] if case.name.startswith(name))
+    file = tmp_path / f"bad-{case.file}"
+    file.write_bytes(case.data)
+    run = Run(tmp_path / "dataset", section_with(tmp_path, "items", file))
+    assert run.exit_code == 2
+    assert file.name in run.told
+    assert run.told.count("\n") == 1
+    assert run.peak_mib < DRIVER_MIB
+    assert not run.output.exists()
