@@ -35,6 +35,7 @@ UNKNOWN_TIME = np.iinfo(np.int64).min
 _PIECE_BITS = 40  # a row's number in its file has fewer bits
 RUN_ROWS = 1 << 20
 _RUN_BYTES = 256 << 20
+_MAX_MALFORMED = 10_000
 _TEXT_BYTES_PER_ROW = 30.0
 _PACKING = 4.0  # how much smaller a packed log is
 _GOOD = 0
@@ -134,12 +135,11 @@ def scatter(
     number, piece = numbered_piece
     facts: dict[str, Any] = {"rows": 0, "usable": 0, "unknown_items_dropped": 0, "runs": 0}
     item_keys = units.load_strings(plan.item_keys)
-    malformed: list[MalformedRow] = []
     with units.writing(plan.unit(number)) as folder:
         listed = _Listed(folder / "quarantine.parquet")
+        malformed = _Malformed(listed)
         for run in _runs(piece, plan, malformed):
-            facts["rows"] += len(run.row) + len(malformed)
-            listed.add_malformed(malformed)
+            malformed.flush()
             position, verdict, users = _judge(run, item_keys, plan)
             if plan.drop_unknown_items:
                 facts["unknown_items_dropped"] += int(np.sum(verdict == _UNKNOWN_ITEM))
@@ -149,11 +149,12 @@ def scatter(
                 stem = folder / f"{facts['runs']:06d}"
                 _write_run(stem, run, rows, position, users, plan, number << _PIECE_BITS)
                 facts["runs"] += 1
+            facts["rows"] += len(run.row)
             facts["usable"] += len(rows)
             report(len(run.row))
-        facts["rows"] += len(malformed)
-        listed.add_malformed(malformed)
+        malformed.flush()
         facts["quarantined"] = listed.close()
+        facts["rows"] += facts["quarantined"].get(Reason.MALFORMED_ROW, 0)
         write_json(folder / "facts.json", facts)
     return int(facts["rows"])
 
@@ -181,13 +182,10 @@ class _Listed:
         self._writer = pq.ParquetWriter(path, schema.QUARANTINE)
         self._counts: dict[str, int] = {}
 
-    def add_malformed(self, malformed: list[MalformedRow]) -> None:
-        """List rows that could not be parsed, and empty the list."""
-        if malformed:
-            keys, details = zip(*((row.where, row.detail) for row in malformed), strict=True)
-            reasons = [Reason.MALFORMED_ROW] * len(malformed)
-            self._add(make_table(SOURCE, keys, reasons, details))
-            malformed.clear()
+    def add_malformed(self, malformed: Sequence[MalformedRow]) -> None:
+        """List rows that could not be parsed."""
+        keys, details = zip(*((row.where, row.detail) for row in malformed), strict=True)
+        self._add(make_table(SOURCE, keys, [Reason.MALFORMED_ROW] * len(malformed), details))
 
     def add_rows(
         self, run: _Run, verdict: npt.NDArray[np.int8], piece: Piece, plan: LogPlan
@@ -220,6 +218,26 @@ class _Listed:
         self._writer.write_table(table)
         for reason, count in count_reasons(table)[SOURCE].items():
             self._counts[reason] = self._counts.get(reason, 0) + count
+
+
+class _Malformed(list[MalformedRow]):
+    """Rows that could not be parsed: a file of nothing else must not fill the memory."""
+
+    def __init__(self, listed: _Listed) -> None:
+        super().__init__()
+        self._listed = listed
+
+    def append(self, row: MalformedRow) -> None:
+        """Add a row; the list empties itself when it is long."""
+        super().append(row)
+        if len(self) >= _MAX_MALFORMED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Empty the list into the quarantine."""
+        if self:
+            self._listed.add_malformed(self)
+            self.clear()
 
 
 def _runs(piece: Piece, plan: LogPlan, malformed: list[MalformedRow]) -> Iterator[_Run]:
@@ -325,14 +343,16 @@ class _Users:
         code = pc.fill_null(encoded.indices, 0).to_numpy()
         if not len(keys):
             keys = pa.array([""])  # every row lacks its user
-        hashes = hash_keys(keys)
+        missing, invalid = missing_keys(keys), invalid_keys(keys)
+        # Bad keys are of any length; the others are short.
+        hashes = hash_keys(pc.if_else(pa.array(missing | invalid), "", keys))
         return cls(
             code=code,
             keys=keys,
             hashes=hashes,
             bucket=bucket_of(hashes, num_buckets),
-            missing=absent | missing_keys(keys)[code],
-            invalid=invalid_keys(keys)[code],
+            missing=absent | missing[code],
+            invalid=invalid[code],
         )
 
 

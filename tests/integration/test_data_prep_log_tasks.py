@@ -147,7 +147,7 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_those_of_one_process(
     running: psutil.Popen, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     workers: list[psutil.Process] = []
-    wait_for(lambda: workers.extend(titled(running, "ray::_apply")) or workers, running)
+    wait_for(lambda: workers.extend(titled(running, "ray::log pieces")) or workers, running)
     for worker in workers:
         worker.send_signal(signal.SIGKILL)
     assert running.wait(DEADLINE_SECONDS) == 0, (tmp_path / "log.txt").read_text()

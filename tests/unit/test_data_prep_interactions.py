@@ -350,6 +350,38 @@ def test_rows_of_several_files_say_their_file(tmp_path: Path, telemetry: Telemet
     assert result.written.facts["rows"] == 5
 
 
+def test_a_file_of_malformed_rows_is_listed_piece_by_piece(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "_MAX_MALFORMED", 3)
+    lines = [f"torn {number}\n" for number in range(10)]
+    (tmp_path / "a.csv").write_text("user_id,item_id,r,t\n" + "".join(lines) + "u,item-1,1,2\n")
+    result = prepare(settings(str(tmp_path / "a.csv")), tmp_path / "out", telemetry)
+    listed = result.quarantine.table()["key"].to_pylist()
+    assert [key.rpartition(" ")[2] for key in listed] == [str(row) for row in range(1, 11)]
+    assert result.written.facts["rows"] == 11
+
+
+def test_a_key_of_any_length_costs_no_hashing(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    plain = log.hash_keys
+
+    def noting(keys: pa.Array) -> hashing.Hashes:
+        lengths.extend(len(key) for key in keys.to_pylist())
+        return plain(keys)
+
+    monkeypatch.setattr(log, "hash_keys", noting)
+    rows = [("x" * 100_000, "item-1", 1.0, 1), (" " * 100_000, "item-1", 1.0, 1),
+            ("y" * 256, "item-1", 1.0, 1)]  # fmt: skip
+    config = settings(write_log(tmp_path / "log.parquet", rows))
+    result = prepare(config, tmp_path / "out", telemetry)
+    assert result.users() == ["y" * 256]
+    assert result.quarantine.reasons() == {"interactions": {"invalid_key": 1, "missing_user": 1}}
+    assert max(lengths) == 256
+
+
 def test_users_of_the_version_before_keep_their_numbers(
     tmp_path: Path, telemetry: Telemetry
 ) -> None:
