@@ -30,6 +30,7 @@ from data_prep.tars import SHARDS, FinishedTar, Placed, TarWriter
 TITLE = "title"
 REMOVED = "removed"
 TEXT_PREFIX = "text:"  # keeps a text column called "title" or "image" apart from the fixed ones
+_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 TABLES = {"items": schema.ITEMS, "samples": schema.SAMPLES, "pictures": PICTURES}
 
 
@@ -301,8 +302,7 @@ def _add_sample(
 ) -> dict[str, Any]:
     key = f"{item_index:012d}"
     image = Placed(0, 0) if picture is None else tar.add(f"{key}.jpg", picture.data)
-    document = json.dumps(sample, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    text = tar.add(f"{key}.json", document.encode())
+    text = tar.add(f"{key}.json", _JSON.encode(sample).encode())
     return {
         "item_index": item_index,
         "image_offset": image.offset,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import catalogue, locations, shards
+from data_prep import catalogue, locations, shards, tars
 from data_prep.config import ImagesConfig, ItemColumns
 from data_prep.images import ImageRules
 from data_prep.locations import RawFile
@@ -182,6 +182,14 @@ def test_a_torn_tar_has_the_name_that_publishing_drops(tmp_path: Path) -> None:
         tar.add("a.json", b"{}")
         torn = list(tmp_path.iterdir())  # what a killed worker leaves
         assert torn == list(tmp_path.glob(".*.writing"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 123_456_789, 8**11 - 1])
+def test_headers_are_those_of_tarfile(size: int) -> None:
+    for name in ("000000000000.jpg", "999999999999.json", "a" * 100):
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = size, 0o644, 0
+        assert tars.header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_tables_have_the_schema_of_the_contract(raw: Path, tmp_path: Path) -> None:
