@@ -114,6 +114,10 @@ class FullGraphTrainer:
         return metrics_from(self._validation.totals(user, item))
 
     @torch.no_grad()
+    def traffic(self) -> dict[str, float]:
+        """See ``Trainer``; nothing is sampled."""
+        return {}
+
     def keep_best(self) -> None:
         """See ``Trainer``."""
         self._best = {name: value.clone() for name, value in self.model.state_dict().items()}

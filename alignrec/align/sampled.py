@@ -82,7 +82,9 @@ class SampledTrainer:
         """See ``Trainer``."""
         rate = learning_rate(self._config, epoch)
         batches = prefetch(
-            self._loader.epoch(epoch, first_step=first_step), depth=_PREFETCH_BATCHES
+            self._loader.epoch(epoch, first_step=first_step),
+            depth=_PREFETCH_BATCHES,
+            traffic=self._loader.traffic,
         )
         with contextlib.closing(batches):  # type: ignore[type-var]
             for batch in batches:
@@ -117,6 +119,10 @@ class SampledTrainer:
         barrier(self._rank)
         totals = self._validation.totals(user, row_file.read(self._item_rows, ITEM))
         return metrics_from(self._exchange.sum(totals))
+
+    def traffic(self) -> dict[str, float]:
+        """See ``Trainer``."""
+        return self._loader.traffic.take()
 
     def keep_best(self) -> None:
         """See ``Trainer``."""

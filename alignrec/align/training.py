@@ -47,6 +47,10 @@ class Trainer(Protocol):
         """Return validation metrics by name, the same on every rank."""
         ...
 
+    def traffic(self) -> dict[str, float]:
+        """Return what sampling on this rank asked of others since the last call, for the log."""
+        ...
+
     def keep_best(self) -> None:
         """Remember the parameters as they are now."""
         ...
@@ -187,6 +191,7 @@ def _finish_epoch(
     row = {f"loss/{name}": total / trainer.num_steps for name, total in position.sums.items()}
     row["learning_rate"] = learning_rate(config, position.epoch)
     row["epoch"] = position.epoch
+    row |= trainer.traffic()
     last = position.epoch + 1 == config.epochs
     if last or (position.epoch + 1) % config.evaluate_every == 0:
         with _timed(position, "evaluate_seconds"):
