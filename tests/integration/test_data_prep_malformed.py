@@ -353,9 +353,9 @@ def test_no_picture_makes_the_reader_large(raw: Raw) -> None:
 @pytest.mark.parametrize("name", web.PRIVATE_HOSTS)
 def test_no_host_of_another_network_is_asked_unless_it_is_listed(raw: Raw, name: str) -> None:
     config = ImagesConfig(allowed_schemes=("http",), **PICTURE_RULES)
-    with Fetcher(ImageRules.of(config, root="/nowhere")) as fetcher:
-        with pytest.raises(BadImage) as refused:
-            fetcher.read(f"http://{name}:{raw.port}/picture")
+    rules = ImageRules.of(config, root="/nowhere")
+    with Fetcher(rules) as fetcher, pytest.raises(BadImage) as refused:
+        fetcher.read(f"http://{name}:{raw.port}/picture")
     assert refused.value.reason == "image_forbidden_location"
 
 
