@@ -89,7 +89,7 @@ class Attempt:
         below = descendants(self._process.pid)
         found = {
             "driver": [self._process.pid],
-            "worker": sorted(pid for pid, name in below.items() if name.startswith("ray::")),
+            "worker": sorted(pid for pid, name in below.items() if is_worker(name)),
             "raylet": sorted(pid for pid, name in below.items() if "raylet/raylet" in name),
         }[victim]
         if not found:
@@ -136,6 +136,11 @@ def descendants(pid: int) -> dict[int, str]:
             result[child] = command_line(child)
             waiting.append(child)
     return result
+
+
+def is_worker(line: str) -> bool:
+    """Say whether a command line is a worker's; a raylet goes down with one of its agents."""
+    return line.startswith("ray::") and not line.startswith(_AGENTS)
 
 
 def command_line(pid: int) -> str:
