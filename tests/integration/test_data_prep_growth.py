@@ -22,8 +22,11 @@ from alignrec import artifacts, stage
 from alignrec.data import schema
 from alignrec.data.schema import SPLITS
 from alignrec.testing import synthetic
-from data_prep import STAGE, engine, versions
+from data_prep import STAGE, engine, packing, versions
 from data_prep.lock import LOCK
+from launch import recipe, runner
+from launch.recipe import Step
+from launch.runner import Selection
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +134,12 @@ def picture(item: int) -> str:
     return f"{synthetic.item_key(item)}.jpg"
 
 
-def test_night_after_night(shop: Shop, local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_night_after_night(
+    shop: Shop,
+    local_ray: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def told() -> dict[str, Any]:
         result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return result
@@ -172,8 +180,9 @@ def test_night_after_night(shop: Shop, local_ray: None, capsys: pytest.CaptureFi
     log = pq.read_table(shop.raw / "interactions.parquet")
     assert sum(second.counts[f"num_{split}"] for split in SPLITS) == len(log)
 
-    # The sold-out items are back: the same items.
+    # The sold-out items are back: the same items. This time the shards are Ray's work.
     shop.sell(list(range(46)))
+    monkeypatch.setattr(packing, "_ALONE_SECONDS", -1.0)
     third = shop.prepare()
     assert told()["version"] == "000003"
     assert third.counts["num_removed"] == 0
@@ -190,6 +199,41 @@ def test_night_after_night(shop: Shop, local_ray: None, capsys: pytest.CaptureFi
     assert {n for n in fresh.files if fresh.files[n] != third.files[n]} <= {
         "users.parquet", *(f"interactions/{split}.parquet" for split in SPLITS),
     }  # fmt: skip
+
+
+class HereEngine:
+    """Runs a recipe's stages in this process."""
+
+    @contextlib.contextmanager
+    def connected(self, *_: object, **__: object) -> Iterator[str]:
+        yield "this process"
+
+    def run(self, step: Step, context: stage.Context, **_: object) -> None:
+        step.stage.load_run()(step.config, context)
+
+
+def test_a_run_of_a_recipe_reuses_the_version_that_its_output_is(
+    shop: Shop, local_ray: None
+) -> None:
+    def run(folder: str, **selection: str) -> tuple[str, str]:
+        result = runner.run(
+            recipe.load(str(shop.recipe())), shop.output.with_name(folder),
+            engine=HereEngine(), selection=Selection(**selection),
+        )  # fmt: skip
+        return result[0].state, result[0].path.resolve().name
+
+    shop.sell(list(range(20)))
+    assert run("one") == ("ran", "000001")
+    assert run("one") == ("reused", "000001")
+    assert run("other") == ("ran", "000001")  # it looks, and finds nothing new
+    os.utime(shop.raw / "images" / picture(9), times=(1, 1))
+    assert run("one") == ("reused", "000001")
+    assert run("one", first="data_prep") == ("ran", "000002")
+    for number in (21, 22):
+        shop.sell(list(range(number)))
+        run("one")
+    assert not (shop.output.with_name("other") / "data_prep").exists()  # pruned below the link
+    assert run("other") == ("ran", "000004")
 
 
 def test_items_that_are_not_interacted_with_any_more_are_removed(

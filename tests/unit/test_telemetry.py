@@ -53,3 +53,35 @@ def test_progress_shows_rate_and_time_left(
     assert lines[0] == "[features] 40/100 items, ETA 0:30 (2.00 items/s, loss 1.5)"
     assert lines[-1].startswith("[features] 100/100 items in 39.5 s")
     assert len(lines) == 3
+
+
+def test_gauges_have_the_tags_that_tell_their_lines_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[tuple[str, ...], float] = {}
+
+    class Gauge:
+        def __init__(self, name: str, *, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.name, self.tag_keys = name, tag_keys
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert tags.keys() == set(self.tag_keys)
+            shown[(self.name, *(tags[key] for key in self.tag_keys))] = value
+
+    class Metrics:
+        pass
+
+    Metrics.Gauge = Gauge  # type: ignore[attr-defined]
+    monkeypatch.setattr(telemetry, "_ray_metrics", lambda: Metrics)
+    monkeypatch.setenv("ALIGNREC_RUN", "nightly")
+    with Telemetry(tmp_path, "data_prep") as log:
+        log.gauge("bad_items", 2, reason="image_missing")
+        log.gauge("bad_items", 3, reason="image_empty")
+        log.gauge("bytes_per_second", 7.5)
+    with Telemetry(tmp_path, "data_prep", enabled=False) as log:
+        log.gauge("bad_items", 9, reason="image_missing")
+    assert shown == {
+        ("alignrec_data_prep_bad_items", "data_prep", "nightly", "image_missing"): 2,
+        ("alignrec_data_prep_bad_items", "data_prep", "nightly", "image_empty"): 3,
+        ("alignrec_data_prep_bytes_per_second", "data_prep", "nightly"): 7.5,
+    }
