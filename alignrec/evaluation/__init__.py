@@ -9,5 +9,5 @@ STAGE = Stage(
     run="alignrec.evaluation.evaluating:run",
     inputs=("dataset", "embeddings"),
     optional_inputs=("features", "ablation", "encoder"),
-    version=2,
+    version=3,
 )

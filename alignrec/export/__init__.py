@@ -9,5 +9,5 @@ STAGE = Stage(
     run="alignrec.export.bundle:run",
     inputs=("dataset", "embeddings"),
     optional_inputs=("features",),
-    version=2,
+    version=3,
 )
