@@ -128,3 +128,53 @@ def test_a_kill_while_publishing_loses_nothing(
         draft = artifacts.open_draft(tmp_path / "out", fingerprint="f")
         assert (draft.work / "checkpoint").exists()
         assert list(make(tmp_path / "out").files) == ["data.txt"]
+
+
+def test_known_checksums_are_not_computed_again_while_the_size_is_right(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("aaa")
+    (tmp_path / "b").write_text("bbb")
+    known = {"a": {"bytes": 3, "sha256": "told"}, "b": {"bytes": 4, "sha256": "told"}}
+    found = artifacts.checksums(tmp_path, known=known)
+    assert found["a"] == known["a"]
+    assert found["b"] == artifacts.checksums(tmp_path)["b"]
+
+
+def test_provenance_is_checked_but_is_no_part_of_the_identity(tmp_path: Path) -> None:
+    def identity(name: str, provenance: str) -> str:
+        with artifacts.writing(
+            tmp_path / name, kind="dataset", fingerprint="f", config={}, inputs={}
+        ) as draft:
+            (draft.path / "data").write_text("x")
+            (draft.path / "sources").write_text(provenance)
+            draft.provenance.add("sources")
+        return artifacts.verify(tmp_path / name).identity
+
+    assert identity("a", "1") == identity("b", "2")
+    (tmp_path / "a" / "sources").write_text("3")
+    with pytest.raises(UserError, match="altered"):
+        artifacts.verify(tmp_path / "a")
+
+
+def test_what_only_a_draft_needs_is_dropped_after_a_kill_too(tmp_path: Path) -> None:
+    manifest = make(tmp_path / "out")
+    (tmp_path / "out" / artifacts.WORK).mkdir()
+    artifacts.write_json(tmp_path / "out" / "fingerprint.json", {"fingerprint": "f"})
+    artifacts.recover(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data.txt", "manifest.json"]
+    assert artifacts.verify(tmp_path / "out") == manifest
+
+
+def test_a_link_replaces_a_link_a_folder_or_nothing(tmp_path: Path) -> None:
+    make(tmp_path / "one", "1")
+    make(tmp_path / "two", "2")
+    link = tmp_path / "link"
+    for target in ("one", "two", "absent", "one"):
+        artifacts.point(link, target)
+        assert link.readlink() == Path(target)
+    link.unlink()
+    make(link, "a folder")
+    artifacts.point(link, "two")
+    assert (link / "data.txt").read_text() == "2"
+    make(link, "a folder again")  # the artifact behind the link stays
+    assert (tmp_path / "two" / "data.txt").read_text() == "2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "one", "two"]

@@ -125,7 +125,26 @@ def test_the_recipes_of_the_documentation_are_valid() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "data_preparation.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     sources = [load(**yaml.safe_load(block)["data_prep"]).source for block in blocks]
-    assert sources == ["table", "synthetic", "table", "mmrec", "amazon2023", "movielens"]
+    assert sources == [
+        "table", "synthetic", "table", "mmrec", "amazon2023", "movielens", "table",
+    ]  # fmt: skip
+
+
+def test_versions_that_could_not_work_are_refused() -> None:
+    grows = load(**TABLES, versions={"root": "v"})
+    assert configuration.result_settings(grows) == configuration.result_settings(
+        load(**TABLES, versions={"root": "v", "keep": 9})
+    )
+    assert configuration.result_settings(grows) != configuration.result_settings(load(**TABLES))
+    with pytest.raises(UserError, match=r"versions\.keep=3 has no effect"):
+        load(**TABLES, versions={"keep": 3})
+    with pytest.raises(UserError, match=r"root='s3://b/v' is no folder"):
+        load(**TABLES, versions={"root": "s3://b/v"})
+    with pytest.raises(UserError, match="keep=0 is out of range"):
+        load(**TABLES, versions={"root": "v", "keep": 0})
+    mmrec = {"interactions": "a.inter", "features": ["f.npy"]}
+    with pytest.raises(UserError, match="no effect with source: mmrec"):
+        load(source="mmrec", mmrec=mmrec, versions={"root": "v"})
 
 
 def test_the_documentation_lists_every_reason() -> None:
