@@ -1,4 +1,4 @@
-"""Command line of the stage: ``python -m alignrec.pretrain --help``."""
+"""Command line of the stage: ``python -m alignrec.pretrain --help``, ``... plan --help``."""
 
 import sys
 
@@ -6,4 +6,8 @@ from alignrec.pretrain import STAGE
 from alignrec.stage import main
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["plan"]:
+        from alignrec.pretrain import planning
+
+        sys.exit(planning.main(sys.argv[2:]))
     sys.exit(main(STAGE))

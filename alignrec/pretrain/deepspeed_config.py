@@ -5,11 +5,16 @@ from typing import Any
 from alignrec.errors import UserError
 from alignrec.pretrain.config import PretrainConfig
 
+BUCKET_SIZE = 5 * 10**8  # DeepSpeed's default: gradients that are summed over ranks at a time
+# What can be offloaded -> the first ZeRO stage that takes it apart.
+OFFLOAD_STAGES = {"none": 0, "optimizer": 1, "parameters": 3}
 _NEVER = 10**9  # steps between DeepSpeed's own prints: telemetry reports instead
 
 
-def deepspeed_settings(config: PretrainConfig, *, num_ranks: int) -> dict[str, Any]:
-    """Return DeepSpeed's settings for this number of ranks.
+def deepspeed_settings(
+    config: PretrainConfig, *, num_ranks: int, num_parameters: int = BUCKET_SIZE
+) -> dict[str, Any]:
+    """Return DeepSpeed's settings for this number of ranks and size of the model.
 
     The optimizer is not among them: it is torch's AdamW, handed to DeepSpeed as the client
     optimizer, because DeepSpeed's own CPU Adam is compiled when it is first used.
@@ -32,6 +37,8 @@ def deepspeed_settings(config: PretrainConfig, *, num_ranks: int) -> dict[str, A
         "gradient_clipping": config.max_gradient_norm,
         "zero_optimization": {
             "stage": config.zero_stage,
+            # allocated whole, so for a small model the default would be 2 GB of nothing
+            "reduce_bucket_size": min(num_parameters, BUCKET_SIZE),
             # every parameter is partitioned, however small: the memory is what was asked for
             "stage3_param_persistence_threshold": 0,
         },
@@ -54,7 +61,7 @@ def deepspeed_settings(config: PretrainConfig, *, num_ranks: int) -> dict[str, A
 
 
 def _refuse_offload(config: PretrainConfig) -> None:
-    needed = {"none": 0, "optimizer": 1, "parameters": 3}[config.offload]
+    needed = OFFLOAD_STAGES[config.offload]
     if config.zero_stage < needed:
         raise UserError(
             f"pretrain.offload={config.offload} has no effect under pretrain.zero_stage="

@@ -34,7 +34,11 @@ class Engine:
 
     def __init__(self, model: MaskedModel, config: PretrainConfig, rank: Rank) -> None:
         deepspeed = _import_deepspeed()
-        settings = deepspeed_settings(config, num_ranks=rank.world_size)
+        settings = deepspeed_settings(
+            config,
+            num_ranks=rank.world_size,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
         self._gradient_scale = rank.world_size * settings["gradient_accumulation_steps"]
         self._optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay, layer_decay=config.layer_decay),

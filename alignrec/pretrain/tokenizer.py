@@ -98,7 +98,15 @@ def load_words(path: Path, *, max_length: int) -> Words:
     Raises:
         UserError: no such file, or a special token that masking needs is absent.
     """
-    tokenizer = read_json(path)
+    return as_words(read_json(path), max_length=max_length, source=str(path))
+
+
+def as_words(tokenizer: Tokenizer, *, max_length: int, source: str) -> Words:
+    """Find the special tokens of a tokenizer.
+
+    Raises:
+        UserError: one that masking needs is absent.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ids: dict[str, int] = {}
@@ -106,8 +114,9 @@ def load_words(path: Path, *, max_length: int) -> Words:
         found = (tokenizer.token_to_id(name) for name in names)
         if (number := next((i for i in found if i is not None), None)) is None:
             raise UserError(
-                f"{path} has no token {' or '.join(names)}, which masking needs. Use the tokenizer "
-                f"of a masked language model, or leave pretrain.tokenizer.path out to train one."
+                f"{source} has no token {' or '.join(names)}, which masking needs. Use the "
+                f"tokenizer of a masked language model, or leave pretrain.tokenizer.path out to "
+                f"train one."
             )
         ids[f"{role}_id"] = number
     return Words(tokenizer, max_length, **ids)

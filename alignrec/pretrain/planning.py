@@ -1,0 +1,186 @@
+"""``python -m alignrec.pretrain plan``: what a run will need and do, without training.
+
+Checks the configuration against a dataset and prints parameters, memory per rank by ZeRO stage,
+steps, samples and tokens.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignrec import artifacts, configuration, stage
+from alignrec.data.shards import SampleTable
+from alignrec.pretrain import STAGE
+from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.data import split_rows
+from alignrec.pretrain.deepspeed_config import OFFLOAD_STAGES, deepspeed_settings
+from alignrec.pretrain.given_tokenizer import read_given
+from alignrec.pretrain.initial import TOKEN_EMBEDDINGS, read_tensors, rename
+from alignrec.pretrain.memory import Memory, memory_per_rank
+from alignrec.pretrain.objective import MaskedModel
+from alignrec.pretrain.tokenizer import Words, as_words, read_texts, train
+
+ZERO_STAGES = (0, 1, 2, 3)
+_MAX_TEXTS = 5_000  # more would not change the mean length of a text
+_MEBIBYTE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What a run will need and do.
+
+    Attributes:
+        num_ranks: ranks that train together.
+        num_parameters: of the encoder with its heads.
+        num_encoder_parameters: of the encoder alone.
+        num_items: to train on, in an epoch.
+        num_held_out: kept out to judge predictions.
+        micro_batch_size: items of a rank in one forward pass.
+        accumulation: forward passes of a rank in one step.
+        steps_per_epoch: optimizer steps.
+        num_steps: of the whole run.
+        text_tokens_per_epoch: from the mean length of ``num_texts_read`` texts.
+        patches_per_epoch: positions of pictures, absent ones included.
+        num_texts_read: texts that were tokenised for the estimate.
+        memory: ZeRO stage -> bytes of a rank.
+    """
+
+    num_ranks: int
+    num_parameters: int
+    num_encoder_parameters: int
+    num_items: int
+    num_held_out: int
+    micro_batch_size: int
+    accumulation: int
+    steps_per_epoch: int
+    num_steps: int
+    text_tokens_per_epoch: int
+    patches_per_epoch: int
+    num_texts_read: int
+    memory: dict[int, Memory]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the plan of a run; the exit code is that of ``alignrec.stage.main``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alignrec.pretrain plan",
+        description="Check a pretraining run and tell what it needs, without training.",
+    )
+    parser.add_argument("--dataset", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument("--recipe", type=Path, help="YAML file; its section pretrain is used")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        tree = configuration.load_yaml(options.recipe) if options.recipe else {}
+        tree = configuration.expand_variables(configuration.apply_assignments(tree, options.set))
+        for assignment in options.set:
+            STAGE.check_section(assignment)
+        config = STAGE.load_config(STAGE.section(tree))
+        artifacts.read(options.dataset, "dataset")
+        found = plan(config, options.dataset)
+        print(json.dumps(dataclasses.asdict(found)) if options.json else describe(found, config))
+
+    return stage.exit_code(work)
+
+
+def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
+    """Return what a run of ``config.num_ranks`` ranks will need and do.
+
+    Raises:
+        UserError: the configuration contradicts itself or the dataset.
+    """
+    texts = list(itertools.islice(filter(None, read_texts(dataset)), _MAX_TEXTS))
+    words = _words(config, texts)
+    architecture = config.encoder.architecture(_vocabulary_size(config, words))
+    deepspeed_settings(config, num_ranks=config.num_ranks)  # tells what contradicts itself
+    micro, accumulation = config.split_batch(config.num_ranks)
+    table = SampleTable.read(dataset)
+    split = split_rows(table, config)
+    steps = -(-len(split.train) // config.global_batch_size)
+    all_steps = config.epochs * steps
+    with torch.device("meta"):
+        model = MaskedModel(architecture, config.objective)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    mean_length = sum(len(words(text)) for text in texts) / max(len(texts), 1)
+    return RunPlan(
+        num_ranks=config.num_ranks,
+        num_parameters=sum(sizes),
+        num_encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
+        num_items=len(split.train),
+        num_held_out=len(split.held_out),
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        steps_per_epoch=steps,
+        num_steps=min(all_steps, config.max_steps or all_steps),
+        text_tokens_per_epoch=round(mean_length * len(split.train)),
+        patches_per_epoch=architecture.num_patches * len(split.train),
+        num_texts_read=len(texts),
+        memory={
+            number: memory_per_rank(
+                dataclasses.replace(
+                    config,
+                    zero_stage=number,
+                    offload=config.offload if number >= OFFLOAD_STAGES[config.offload] else "none",
+                ),
+                architecture,
+                num_parameters=sum(sizes),
+                largest=max(sizes),
+                num_ranks=config.num_ranks,
+            )
+            for number in ZERO_STAGES
+            if number or config.precision == "fp32"
+        },
+    )
+
+
+def describe(found: RunPlan, config: PretrainConfig) -> str:
+    """Return the plan for a person."""
+    lines = [
+        f"{found.num_encoder_parameters / 1e6:.2f} M parameters, with the heads "
+        f"{found.num_parameters / 1e6:.2f} M",
+        f"{found.num_items:,} items an epoch ({found.num_held_out:,} held out), about "
+        f"{found.text_tokens_per_epoch:,} tokens of text and {found.patches_per_epoch:,} patches",
+        f"{found.num_steps:,} steps ({found.steps_per_epoch:,} an epoch) of "
+        f"{config.global_batch_size} = {found.micro_batch_size} x {found.accumulation} x "
+        f"{found.num_ranks} ranks",
+        f"memory of a rank in MiB, {config.precision} (Python and torch take about 400 more)",
+        "ZeRO  parameters   master  moments  gradients   bucket  activations     peak  of it host",
+    ]
+    for number, memory in found.memory.items():
+        cells = (
+            (memory.parameters, 10),
+            (memory.master, 8),
+            (memory.moments, 8),
+            (memory.gradients, 10),
+            (memory.bucket, 8),
+            (memory.activations, 12),
+            (memory.peak, 8),
+            (memory.host, 11),
+        )
+        row = " ".join(f"{amount / _MEBIBYTE:{width}.1f}" for amount, width in cells)
+        chosen = "  <- pretrain.zero_stage" if number == config.zero_stage else ""
+        lines.append(f"{number:4d}  {row}{chosen}")
+    return "\n".join(lines)
+
+
+def _words(config: PretrainConfig, texts: list[str]) -> Words:
+    """Return the given tokenizer, or one trained on these texts in place of all of them."""
+    given = config.tokenizer.path
+    tokenizer = read_given(given) if given else train(iter(texts), config.tokenizer.vocabulary_size)
+    return as_words(tokenizer, max_length=config.encoder.max_text_tokens, source=str(given))
+
+
+def _vocabulary_size(config: PretrainConfig, words: Words) -> int:
+    checkpoint = config.initial.checkpoint
+    if checkpoint is None:
+        return words.vocabulary_size
+    tensors: dict[str, Any] = rename(read_tensors(checkpoint))
+    return len(tensors.get(TOKEN_EMBEDDINGS, range(words.vocabulary_size)))

@@ -1,0 +1,137 @@
+"""The plan's peak memory is what torch's allocator counts while a step is done."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from alignrec import configuration
+from alignrec.distributed.process_group import process_group
+from alignrec.pretrain.architecture import Architecture
+from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.engine import Engine, deepspeed_group
+from alignrec.pretrain.memory import memory_per_rank
+from alignrec.pretrain.objective import MaskedBatch, build_model, loss_weights
+from alignrec.testing.processes import run_ranks
+
+pytestmark = pytest.mark.multiprocess
+
+VOCABULARY, LENGTH, NUM_RANKS = 1024, 16, 2
+ENCODER = {
+    "num_layers": 4,
+    "width": 64,
+    "num_heads": 4,
+    "hidden": 256,
+    "image_size": 64,
+    "max_text_tokens": LENGTH,
+}
+CASES: dict[str, dict[str, Any]] = {
+    # activations decide, or the parameters' own; ZeRO-3 last, see test_pretrain_zero.py
+    "zero_0": {"zero_stage": 0, "global_batch_size": 32},
+    "zero_0_small_batch": {"zero_stage": 0, "global_batch_size": 2},
+    "zero_1": {"zero_stage": 1, "global_batch_size": 32},
+    "zero_2": {"zero_stage": 2, "global_batch_size": 32},
+    "zero_2_average": {"zero_stage": 2, "global_batch_size": 16, "ema_decay": 0.9},
+    "recomputed": {"zero_stage": 2, "global_batch_size": 32, "activation_checkpointing": True},
+    "accumulated": {"zero_stage": 0, "global_batch_size": 32, "micro_batch_size": 8},
+    "zero_3": {"zero_stage": 3, "global_batch_size": 32},
+}
+
+
+def make_config(name: str) -> PretrainConfig:
+    section = {"encoder": ENCODER, **CASES[name]}
+    return configuration.build(PretrainConfig, section, section="pretrain")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    folder = tmp_path_factory.mktemp("traces")
+    return run_ranks(measure, NUM_RANKS, folder, timeout_seconds=300)[0]
+
+
+def measure(folder: Path) -> dict[str, dict[str, int]]:
+    result = {}
+    with process_group() as rank, deepspeed_group():
+        for name in CASES:
+            config = make_config(name)
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+                model = build_model(
+                    config.encoder.architecture(VOCABULARY), config.objective, seed=0
+                )
+                model.encoder.encoder.recompute = config.activation_checkpointing
+                sizes = [parameter.numel() for parameter in model.parameters()]
+                train(Engine(model, config, rank), config)
+            path = folder / f"{name}_{rank.index}.json"
+            recorded.export_chrome_trace(str(path))
+            result[name] = {
+                "peak": peak_bytes(path),
+                "num_parameters": sum(sizes),
+                "largest": max(sizes),
+            }
+    return result
+
+
+def train(engine: Engine, config: PretrainConfig) -> None:
+    micro, accumulation = config.split_batch(NUM_RANKS)
+    architecture = config.encoder.architecture(VOCABULARY)
+    weights = loss_weights(config.objective) / 1000
+    for step in range(2):
+        for _ in range(accumulation):
+            losses, predictions = engine.forward(make_batch(architecture, micro))
+            engine.backward((losses * weights).sum())
+            engine.step(1e-4)
+        engine.average(step + 1)
+    assert predictions.logits.isfinite().all()
+
+
+def make_batch(architecture: Architecture, size: int) -> MaskedBatch:
+    masked_patches = torch.zeros(size, architecture.num_patches, dtype=torch.bool)
+    masked_patches[:, : round(0.4 * architecture.num_patches)] = True
+    masked_text = torch.zeros(size, LENGTH, dtype=torch.bool)
+    masked_text[:, 1 : 1 + math.ceil(0.5 * (LENGTH - 2))] = True
+    side = architecture.image_size
+    return MaskedBatch(
+        item_index=torch.arange(size),
+        images=torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8),
+        has_image=torch.ones(size, dtype=torch.bool),
+        targets=torch.randint(5, VOCABULARY, (size, LENGTH)),
+        tokens=torch.randint(5, VOCABULARY, (size, LENGTH)),
+        text_padding=torch.zeros(size, LENGTH, dtype=torch.bool),
+        masked_text=masked_text,
+        masked_patches=masked_patches,
+    )
+
+
+def peak_bytes(trace: Path) -> int:
+    """Return the largest sum of what was allocated during the trace and not yet freed."""
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    living: dict[int, int] = {}  # address -> bytes; older tensors' ends are not counted
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        if event["args"]["Device Type"] != 0:
+            continue
+        address, change = event["args"]["Addr"], event["args"]["Bytes"]
+        if change > 0:
+            living[address] = change
+            total += change
+            peak = max(peak, total)
+        else:
+            total -= living.pop(address, 0)
+    return peak
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_peaks_are_within_15_percent(measured: dict[str, dict[str, int]], name: str) -> None:
+    config, found = make_config(name), measured[name]
+    planned = memory_per_rank(
+        config,
+        config.encoder.architecture(VOCABULARY),
+        num_parameters=found["num_parameters"],
+        largest=found["largest"],
+        num_ranks=NUM_RANKS,
+    )
+    assert planned.peak == pytest.approx(found["peak"], rel=0.15)
