@@ -27,8 +27,9 @@ from alignrec.graph.similarity import open_similarity, pack_similarity, write_si
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
 
-# The ranks wait for each other after searches of very different length, and for the partitioner.
-_TIMEOUT_SECONDS = 3600.0
+# The ranks wait for each other after searches of very different length, and for rank 0 while it
+# assigns nodes to partitions. The death of a rank closes its connections and is noticed at once.
+_TIMEOUT_SECONDS = 4 * 3600.0
 
 
 @dataclasses.dataclass(frozen=True)

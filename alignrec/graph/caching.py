@@ -88,7 +88,7 @@ class Traffic:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()  # batches are made in a thread
 
-    def add(self, **counts: float) -> None:
+    def add(self, **counts: int | float) -> None:
         """Count more."""
         with self._lock:
             for name, count in counts.items():
@@ -97,7 +97,7 @@ class Traffic:
     def take(self) -> dict[str, float]:
         """Return shares and seconds for the telemetry and start to count afresh."""
         with self._lock:
-            counts = dataclasses.asdict(self)
+            counts = {name: float(n) for name, n in dataclasses.asdict(self).items()}
             for field in dataclasses.fields(self):
                 setattr(self, field.name, field.default)
         return {

@@ -249,8 +249,9 @@ class Search:
         chosen = cells.sample_items(len(index.items), self.config.knn.sample, (self.config.seed, 2))
         sample = torch.from_numpy(index.items[chosen.numpy()])
         exact = self._find_exactly(rows, sample)
-        some = exact.index[:, 0] >= 0
-        sample, exact = sample[some.cpu()], Neighbors(exact.index[some], exact.cosine[some])
+        some = (exact.index[:, 0] >= 0).cpu()
+        exact = Neighbors(exact.index.cpu()[some], exact.cosine.cpu()[some])
+        sample = sample[some]
         curves = cells.recall_by_probes(index, cell, rows.take(sample)[0], exact)
         probes, expected = cells.fewest_probes(curves, self.config.knn.recall)
         _save_chunk(self.work / "sample.npz", sample, [exact])
