@@ -155,6 +155,18 @@ def _share_shard(base: Base, known: Chunk, target: Path) -> bool:
     return True
 
 
+def _share_equal(base: Base, shard: FinishedTar, target: Path) -> None:
+    """Replace a shard that came out as one of the base's by that file: it takes no space then.
+
+    So it is where pictures were touched or failed again and nothing else changed.
+    """
+    known = base.chunk_of(shard.path)
+    if known is None or pictures.read_verified(base, known.shard) is None:
+        return
+    with contextlib.suppress(OSError), _replacing(target) as spare:
+        os.link(base.folder / known.shard, spare)
+
+
 def _make_chunk(
     number: int, rows: pa.Table, sources: list[str], plan: ShardPlan, damaged: list[str]
 ) -> None:
@@ -170,6 +182,8 @@ def _make_chunk(
         ):
             parts.add(row, loaded, plan.text, tar)
         shard = tar.finish() if parts.samples else FinishedTar("", 0, "")
+    if base is not None and parts.samples:
+        _share_equal(base, shard, plan.artifact / shard.path)
     for sample in parts.samples:
         sample["shard"] = shard.path
     for name, kind in TABLES.items():

@@ -170,7 +170,7 @@ def test_night_after_night(
     shared = {p.stat().st_ino for p in (old / "shards").iterdir()} & {
         p.stat().st_ino for p in (new / "shards").iterdir()
     }
-    assert len(shared) == 2
+    assert len(shared) == 3  # of the touched picture the bytes are the same
     assert shop.numbers("items", "item").items() >= items.items()
     found = shop.numbers("users", "user")
     assert found.items() >= users.items()

@@ -181,6 +181,20 @@ def test_only_what_changed_is_fetched(shop: Catalogue, change: Any, cost: list[A
         assert content(second) == content(shop.make("fresh"))
 
 
+def test_a_shard_that_comes_out_the_same_is_the_same_file(shop: Catalogue) -> None:
+    first = shop.make("a")
+    for item in range(NUM_ITEMS):
+        os.utime(shop.raw / f"{item}.jpg", times=(1, 1))
+    damaged = sorted((first / "shards").iterdir())[0]
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[:-1] + b"!")
+    second = shop.make("b", "a")
+    assert shop.cost() == [(0, 4)] * 3
+    assert (second / "shards" / damaged.name).read_bytes() == good
+    same = [path.stat().st_nlink == 2 for path in sorted((second / "shards").iterdir())]
+    assert same == [False, True, True]
+
+
 def test_a_removed_item_keeps_its_number_and_comes_back_to_it(shop: Catalogue) -> None:
     first = shop.make("a")
     row = {name: column.pop(5) for name, column in shop.rows.items()}
