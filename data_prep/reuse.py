@@ -49,6 +49,7 @@ PICTURES = pa.schema(
 # Raised whenever the same rows and pictures would become another shard or other rows of the tables.
 _FORMAT_VERSION = 1
 _SOURCE_BYTES = 16
+_CHUNKS_FILE = "chunks.parquet"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Base:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        rows = pq.read_table(folder / "chunks.parquet", schema=CHUNKS).to_pylist()
+        rows = pq.read_table(folder / _CHUNKS_FILE, schema=CHUNKS).to_pylist()
         self._chunks = {row["chunk"]: Chunk(**row) for row in rows}
         self._shards = {chunk.shard: chunk for chunk in self._chunks.values()}
         self._tables: dict[str, _RangedTable] = {}
@@ -110,9 +111,16 @@ class Base:
         return self._tables[table].rows(first, end)
 
 
-@functools.lru_cache(maxsize=2)
 def open_base(folder: Path) -> Base:
     """Return a version's tables; a process opens them once, however many chunks it makes."""
+    status = (folder / _CHUNKS_FILE).stat()
+    return _open_base(folder, status.st_ino, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _open_base(folder: Path, *state: int) -> Base:
+    """Open a version; one that was made anew at the same place has another ``state``."""
+    del state
     return Base(folder)
 
 

@@ -49,7 +49,6 @@ class Catalogue:
 
     def make(self, name: str, base: str | None = None, *, max_rows: int = MAX_ROWS) -> Path:
         """Make a version; ``summaries`` say what each chunk cost."""
-        reuse.open_base.cache_clear()
         pq.write_table(pa.table(self.rows), self.raw / "items.parquet")
         files = locations.find([str(self.raw / "items.parquet")])
         keys = catalogue.read_keys(files, COLUMNS, Quarantine())
