@@ -253,6 +253,13 @@ class PretrainConfig:
         minimum=1,
         affects_result=False,
     )
+    watchdog_seconds: float | None = option(
+        240.0,
+        "a rank without progress for this long writes its stacks to its log and is named; best "
+        "less than timeout_seconds; null: never",
+        minimum=1,
+        affects_result=False,
+    )
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other.

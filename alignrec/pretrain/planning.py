@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,7 +26,7 @@ from alignrec.pretrain.memory import Memory, memory_per_rank
 from alignrec.pretrain.objective import MaskedModel
 from alignrec.pretrain.tokenizer import Words, as_words, read_texts, train
 
-ZERO_STAGES = (0, 1, 2, 3)
+ZERO_STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 _MAX_TEXTS = 5_000  # more would not change the mean length of a text
 _MEBIBYTE = 2**20
 

@@ -21,6 +21,7 @@ from alignrec.distributed.process_group import (
     process_group,
     rank_from_environment,
 )
+from alignrec.distributed.watchdog import Watchdog
 from alignrec.errors import StageFailure
 from alignrec.pretrain.compilation import compile_layers
 from alignrec.pretrain.config import PretrainConfig
@@ -80,7 +81,10 @@ def _train(
     with contextlib.closing(opened) as data:
         trainer = Trainer(config, data, words, rank, telemetry, draft.path)
         trainer.resume()
-        trainer.train()
+        with Watchdog(
+            rank, context.log_dir, seconds=config.watchdog_seconds, doing="pretraining"
+        ) as watchdog:
+            trainer.train(watchdog)
         return trainer, _finish(trainer, draft)
 
 
@@ -166,8 +170,8 @@ class Trainer:
             return {TOKEN_EMBEDDINGS: read_word_vectors(work / VECTORS)}
         return {}
 
-    def train(self) -> None:
-        """Do the steps that are left."""
+    def train(self, watchdog: Watchdog) -> None:
+        """Do the steps that are left, a beat for each part that does not wait for the peers."""
         if self.step >= self.num_steps:
             return
         plan, size = self.data.plan, self.config.global_batch_size
@@ -180,7 +184,9 @@ class Trainer:
             num_items = 0.0
             while self.step < self.num_steps:
                 batches = [next(stream).to(self.rank.device) for _ in range(plan.accumulation)]
+                watchdog.beat()
                 values = self._one_step(batches)
+                watchdog.beat()
                 num_items += values.pop("num_items")
                 progress.update(size, note=f"loss {values['loss']:.3f}")
                 if self.step % self.config.log_steps == 0 or self.step == self.num_steps:
