@@ -7,9 +7,12 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
+# Slots that are looked at for each row that needs one.
+_WINDOW = 4
+
 
 class RowCache:
-    """The most recently used rows among those that were asked for more than once.
+    """Recently used rows among those that were asked for more than once.
 
     Rows that are asked for a single time, which most are where popularity is uneven, do not push
     out others. What is found here is what the owner would send, so a cache changes no result.
@@ -30,6 +33,7 @@ class RowCache:
         self._used = torch.zeros(capacity, dtype=torch.int64)
         self._rows = torch.empty((capacity, dim), dtype=dtype)
         self._time = 0
+        self._hand = 0
 
     def has(self, ids: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Tell which rows are here."""
@@ -45,7 +49,7 @@ class RowCache:
         return rows
 
     def offer(self, ids: Int64[Tensor, " n"], rows: Shaped[Tensor, "n dim"]) -> None:
-        """Keep those rows that were offered before, in place of the least recently used.
+        """Keep those rows that were offered before, in place of ones not used for long.
 
         Args:
             ids: distinct nodes whose rows are not here.
@@ -56,13 +60,22 @@ class RowCache:
         if not len(again):
             return
         ids, rows = ids[again], rows[again]
-        slots = self._used.topk(len(ids), largest=False).indices
+        slots = self._victims(len(ids))
         gone = self._node[slots]
         self._slot[gone[gone >= 0]] = -1
         self._slot[ids] = slots.to(torch.int32)
         self._node[slots], self._rows[slots] = ids, rows
         self._time += 1
         self._used[slots] = self._time
+
+    def _victims(self, count: int) -> Int64[Tensor, " count"]:
+        """Return the least recently used of the next few slots: to sort all would cost more."""
+        capacity = len(self._node)
+        window = torch.arange(self._hand, self._hand + min(_WINDOW * count, capacity)) % capacity
+        oldest = self._used[window].topk(count, largest=False).indices
+        self._hand = (self._hand + len(window)) % capacity
+        slots: Tensor = window[oldest]
+        return slots
 
 
 @dataclasses.dataclass
