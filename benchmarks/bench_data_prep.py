@@ -475,6 +475,7 @@ def _recipe(raw: Path, *, max_side: int = MAX_SIDE, **changes: dict[str, object]
             "jpeg_quality": QUALITY,
             "allowed_schemes": ["http"],
             "allowed_hosts": ["127.0.0.1"],
+            "private_hosts": ["127.0.0.1"],
         },
         **changes,
     }

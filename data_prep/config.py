@@ -127,6 +127,11 @@ class ImagesConfig:
         (),
         "hosts of http(s) pictures, exact or *.example.com; empty: all with a public address",
     )
+    private_hosts: tuple[str, ...] = option(
+        (),
+        "further hosts, exact names or addresses, whose address may be private: who answers for "
+        "such a name decides which machine of your network is asked",
+    )
     max_side: int = option(256, "longest side in pixels; larger pictures shrink", minimum=8)
     min_side: int = option(4, "pictures with a shorter side, in pixels, are refused", minimum=1)
     jpeg_quality: int = option(90, "quality of pictures that are encoded again", minimum=1)
@@ -146,15 +151,18 @@ class ImagesConfig:
         """Refuse hosts that would never match.
 
         Raises:
-            UserError: an entry of allowed_hosts is an address of a page or a pattern of other form.
+            UserError: an entry is an address of a page or a pattern of other form.
         """
-        for host in self.allowed_hosts:
-            if not _is_host(host):
-                raise UserError(
-                    f"data_prep.images.allowed_hosts: {host!r} is no host name, so no picture "
-                    f"would match it. Write images.example.com, *.example.com or an address, "
-                    f"without scheme, port and path."
-                )
+        for setting in ("allowed_hosts", "private_hosts"):
+            exact = setting == "private_hosts"
+            for host in getattr(self, setting):
+                if not _is_host(host) or (exact and host.startswith("*")):
+                    raise UserError(
+                        f"data_prep.images.{setting}: {host!r} is no host name, so no picture "
+                        f"would match it. Write images.example.com"
+                        f"{'' if exact else ', *.example.com'} or an address, without scheme, "
+                        f"port and path."
+                    )
 
 
 @dataclasses.dataclass(frozen=True)

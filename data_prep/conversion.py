@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 _INT64_END = 2.0**63
+MAX_DEPTH = 100  # of lists and objects in one another; what lies deeper is left out
+_SEQUENCES = (list, tuple, set, frozenset)
 _KEPT = (
     pa.types.is_integer,
     pa.types.is_floating,
@@ -45,22 +47,45 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string())
 
 
-def plain_text(value: Any) -> str | None:  # noqa: ANN401 - any value that JSON or parquet holds
-    """Return one value as text: lists joined with commas, empty parts left out."""
+def plain_text(
+    value: Any,  # noqa: ANN401 - any value that JSON, a literal or parquet holds
+    *,
+    depth: int = MAX_DEPTH,
+) -> str | None:
+    """Return one value as text: lists joined with commas, empty parts left out; never raise."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return _encodable(value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if isinstance(value, (list, tuple)):
-        parts = [plain_text(part) for part in value]
-        return ", ".join(part for part in parts if part)
+    if isinstance(value, int):
+        return _digits(value)
+    if isinstance(value, _SEQUENCES):
+        parts = [plain_text(part, depth=depth - 1) for part in value] if depth else []
+        ordered = sorted(filter(None, parts)) if isinstance(value, (set, frozenset)) else parts
+        return ", ".join(part for part in ordered if part)
     if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-    return str(value)
+        plain_value = _as_json(value, depth)
+        return _encodable(json.dumps(plain_value, ensure_ascii=False, sort_keys=True))
+    return _encodable(str(value))
+
+
+def is_deep(value: object) -> bool:
+    """Say whether lists and objects lie in one another deeper than ``MAX_DEPTH``."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for outer in level
+            for part in _parts(outer)
+            if isinstance(part, (dict, *_SEQUENCES))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -97,6 +122,42 @@ def references_and_bytes(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.C
     if is_bytes(kind):
         return pa.chunked_array([pa.nulls(len(column), pa.string())]), _large_binary(column)
     return as_text(column), pa.chunked_array([pa.nulls(len(column), pa.large_binary())])
+
+
+def _parts(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return (*value, *value.values())
+    return value if isinstance(value, _SEQUENCES) else ()
+
+
+def _as_json(value: Any, depth: int) -> Any:  # noqa: ANN401 - any value
+    """Return a value that JSON can hold: keys and other types become text."""
+    if isinstance(value, dict) and depth:
+        return {
+            plain_text(key, depth=depth - 1) or "": _as_json(part, depth - 1)
+            for key, part in value.items()
+        }
+    if isinstance(value, (list, tuple)) and depth:
+        return [_as_json(part, depth - 1) for part in value]
+    if isinstance(value, (dict, list, tuple)):
+        return None
+    if value is None or isinstance(value, (str, bool, float)):
+        return value
+    if isinstance(value, int) and abs(value) < _INT64_END:
+        return value
+    return plain_text(value, depth=depth)
+
+
+def _digits(value: int) -> str:
+    try:
+        return str(value)
+    except ValueError:  # thousands of digits, for which Python's str() has a limit
+        return hex(value)
+
+
+def _encodable(text: str) -> str:
+    """Replace lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _large_binary(column: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:

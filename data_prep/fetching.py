@@ -13,11 +13,12 @@ from urllib.parse import quote
 
 import fsspec
 
-from data_prep.addresses import SCHEMES, Policy, parse, without_secrets
+from data_prep.addresses import SCHEMES, Policy, parse, shown, without_secrets
 from data_prep.images import BadImage, ImageRules
 from data_prep.quarantine import Reason
 from data_prep.web import WebClient
 
+_LOCAL = ("", "file", "local")
 ABSENT = "absent"
 FORBIDDEN = "forbidden"
 UNKNOWN = "unknown"
@@ -57,13 +58,11 @@ class Fetcher:
             data = self._web.get(location)
         else:
             data = _read_file(location, self._rules.max_bytes)
-        shown = without_secrets(reference)
         if not data:
-            raise BadImage(Reason.IMAGE_EMPTY, shown)
+            raise BadImage(Reason.IMAGE_EMPTY, shown(reference))
         if len(data) > self._rules.max_bytes:
-            raise BadImage(
-                Reason.IMAGE_TOO_LARGE, f"{shown}: more than {self._rules.max_bytes} bytes"
-            )
+            detail = f"{shown(reference)}: more than {self._rules.max_bytes} bytes"
+            raise BadImage(Reason.IMAGE_TOO_LARGE, detail)
         return data
 
 
@@ -97,30 +96,43 @@ def resolve(reference: str, rules: ImageRules) -> str:
     """Return the absolute path or URL of a reference.
 
     Raises:
-        BadImage: its scheme is not allowed or it leads out of the root.
+        BadImage: its scheme is not allowed, or it leads out of the root, by a link too.
     """
-    shown = without_secrets(reference)
+    name = shown(reference)
     if "\x00" in reference:
-        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{shown!r} holds a zero byte")
+        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{name!r} holds a zero byte")
     scheme, colon, _ = reference.partition("://")
     web = scheme.lower() in SCHEMES
     # fsspec chains file systems with "::", which would lead around the list of schemes.
     chained = "::" in reference and not web
     if chained or (colon and scheme.lower() not in rules.allowed_schemes):
-        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{shown}: scheme not in images.allowed_schemes")
+        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{name}: scheme not in images.allowed_schemes")
     if colon:
         return reference
     root = rules.root.rstrip("/")
     base, _, start = root.rpartition("://")
     path = posixpath.normpath(posixpath.join(start, reference))
     if not path.startswith(start + "/"):
-        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{shown} leads out of {without_secrets(root)}")
+        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{name} leads out of {shown(root)}")
     below = path[len(start) :]
+    if base.lower() in _LOCAL and _links_out(start, below):
+        raise BadImage(Reason.IMAGE_FORBIDDEN, f"{name} is a link that leads out of {shown(root)}")
     return root + (quote(below) if base.lower() in SCHEMES else below)
 
 
 def _policy(rules: ImageRules) -> Policy:
-    return Policy(rules.allowed_schemes, rules.allowed_hosts)
+    return Policy(rules.allowed_schemes, rules.allowed_hosts, rules.private_hosts)
+
+
+def _links_out(root: str, below: str) -> bool:
+    """Say whether a file or a folder above it, up to the root, is a link to what lies outside."""
+    path = root
+    for part in below.strip("/").split("/"):
+        path = f"{path}/{part}"
+        if os.path.islink(path):  # noqa: PTH114 - once per picture and folder
+            inside = os.path.realpath(root or "/").rstrip("/") + "/"
+            return not os.path.realpath(root + below).startswith(inside)
+    return False
 
 
 def _scheme(location: str) -> str:
@@ -142,12 +154,14 @@ def _read_file(location: str, max_bytes: int) -> bytes:
     except BadImage:
         raise
     except FileNotFoundError as error:
-        raise BadImage(Reason.IMAGE_MISSING, without_secrets(location)) from error
+        raise BadImage(Reason.IMAGE_MISSING, shown(location)) from error
     except Exception as error:  # a remote file system raises what it likes; there is no picture
-        detail = f"{location}: {type(error).__name__}: {error}"
+        said = without_secrets(str(error).replace(location, shown(location)))
         transient = isinstance(error, (TimeoutError, ConnectionError))
         raise BadImage(
-            Reason.IMAGE_UNREADABLE, without_secrets(detail), transient=transient
+            Reason.IMAGE_UNREADABLE,
+            f"{shown(location)}: {type(error).__name__}: {said}",
+            transient=transient,
         ) from error
 
 

@@ -49,6 +49,7 @@ class ImageRules:
     max_bytes: int
     max_pixels: int
     allowed_hosts: tuple[str, ...] = ()
+    private_hosts: tuple[str, ...] = ()
     http: HttpConfig = dataclasses.field(default_factory=HttpConfig)
 
     @classmethod
@@ -58,7 +59,8 @@ class ImageRules:
         values = {name: getattr(config, name) for name in names}
         web = [root.partition("://")[0]] if root.lower().startswith(("http://", "https://")) else []
         values["allowed_schemes"] = tuple(s.lower() for s in (*config.allowed_schemes, *web))
-        values["allowed_hosts"] = tuple(_spelled(host) for host in config.allowed_hosts)
+        for name in ("allowed_hosts", "private_hosts"):
+            values[name] = tuple(map(_spelled, values[name]))
         return cls(root=root, **values)
 
     @property

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from alignrec.errors import UserError
-from data_prep.conversion import plain_text
+from data_prep.conversion import MAX_DEPTH, is_deep, plain_text
 from data_prep.locations import Piece, RawFile
 from data_prep.readers import (
     MAX_ROW_BYTES,
@@ -33,12 +33,28 @@ _SAMPLED_BYTES = 1 << 20
 _SAMPLED_LINES = 50
 
 
+def loads(text: str) -> object:
+    """Parse JSON, nested to the same depth wherever it is called from.
+
+    Python's own limit depends on the caller's depth: a line could be a row in one pass and none in
+    the next.
+
+    Raises:
+        ValueError: no JSON.
+        RecursionError: nested deeper than ``MAX_DEPTH``.
+    """
+    value: object = json.loads(text)
+    if text.count("[") + text.count("{") > MAX_DEPTH and is_deep(value):
+        raise RecursionError(f"lists or objects nested deeper than {MAX_DEPTH}")
+    return value
+
+
 def read_json_lines(
     piece: Piece,
     columns: Columns,
     malformed: list[MalformedRow],
     *,
-    parse: Callable[[str], object] = json.loads,
+    parse: Callable[[str], object] = loads,
 ) -> Iterator[pa.Table]:
     """Yield the objects of a file with one JSON object per line.
 
@@ -218,7 +234,7 @@ def _sampled(block: bytes) -> Iterator[dict[str, Any]]:
     """Yield the first objects of a block that can be parsed."""
     for line in block[:_SAMPLED_BYTES].split(b"\n", _SAMPLED_LINES)[:_SAMPLED_LINES]:
         try:
-            row = json.loads(line)
+            row = loads(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):

@@ -15,12 +15,12 @@ import ssl
 import threading
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from data_prep.addresses import (
     PORTS,
+    HostAway,
     Policy,
     Target,
     checked_addresses,
@@ -29,6 +29,7 @@ from data_prep.addresses import (
     without_secrets,
 )
 from data_prep.config import HttpConfig
+from data_prep.hosts import known_hosts
 from data_prep.images import BadImage
 from data_prep.quarantine import Reason
 
@@ -38,8 +39,8 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_SECONDS = 30.0
 _DISCARDED_BYTES = 65_536
 _MAX_IDLE = 64
-# Pictures in a row that a host may cost all attempts; a dead host of thousands would take hours.
-_MAX_IN_VAIN = 10
+# What an answer may have beside its body: headers, sizes of chunks.
+_OVERHEAD_BYTES = 1 << 20
 
 
 class _Passing(Exception):
@@ -51,6 +52,7 @@ class _Passing(Exception):
         self.detail = detail
         self.wait_seconds = wait_seconds
         self.attempt = 0
+        self.target: Target | None = None
 
 
 @dataclasses.dataclass
@@ -80,7 +82,7 @@ class WebClient:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._slots: dict[str, threading.BoundedSemaphore] = {}
-        self._in_vain: Counter[str] = Counter()  # pictures of a host that failed in a row
+        self._hosts = known_hosts(policy, settings)
         self._idle: list[_Connection] = []  # the oldest first
         self._tls: ssl.SSLContext | None = None
         self._closed = threading.Event()
@@ -101,22 +103,17 @@ class WebClient:
         """
         target = parse(url, self._policy)
         try:
-            data = self._persist(target)
+            return self._persist(target)
         except _Passing as failure:
-            with self._lock:
-                self._in_vain[target.host] += 1
+            self._hosts.failed(failure.target or target, failure.reason)
             detail = f"{target.shown}: {failure.detail} (attempt {failure.attempt})"
             raise BadImage(failure.reason, detail, transient=True) from failure
-        except BadImage:
-            self._in_vain[target.host] = 0  # a refusal is an answer
-            raise
-        self._in_vain[target.host] = 0
-        return data
 
     def _persist(self, target: Target) -> bytes:
         """Try until there is an answer, the attempts are used up or the time is over."""
         clock = _Clock(time.monotonic() + self._settings.total_seconds)
-        hopeless = self._in_vain[target.host] >= _MAX_IN_VAIN
+        self._hosts.check(target)
+        hopeless = self._hosts.is_failing(target)
         attempt = 0
         while True:
             attempt += 1
@@ -140,10 +137,17 @@ class WebClient:
     def _follow(self, target: Target, clock: _Clock) -> bytes:
         for _ in range(self._settings.max_redirects + 1):
             with self._slot(target.host, clock):
-                answer = self._ask(target, clock)
+                try:
+                    answer = self._ask(target, clock)
+                except _Passing as failure:
+                    failure.target = target
+                    raise
+            self._hosts.answered(target)
             if isinstance(answer, bytes):
                 return answer
-            target = parse(joined(target, answer), self._policy)
+            asked, target = target, parse(joined(target, answer), self._policy)
+            if target.origin != asked.origin:
+                self._hosts.check(target)
         raise BadImage(
             Reason.IMAGE_HTTP_ERROR,
             f"{target.shown}: more than {self._settings.max_redirects} redirects",
@@ -165,7 +169,13 @@ class WebClient:
         """Send one request; return the body, or where a redirect leads."""
         try:
             return self._exchange(target, clock)
+        except _Passing:
+            raise
+        except HostAway as away:
+            self._hosts.failed(target, away.reason, is_absent=True)
+            raise
         except BadImage:
+            self._hosts.answered(target)  # a refusal is an answer
             raise
         except TimeoutError as error:
             raise _Passing(Reason.IMAGE_TIMED_OUT, str(error) or "timed out") from error
@@ -173,7 +183,8 @@ class WebClient:
             raise BadImage(
                 Reason.IMAGE_UNREACHABLE, f"{target.shown}: {error.verify_message}"
             ) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
+            # http.client takes what is no number, and too large or negative ones, from a host.
             detail = without_secrets(f"{type(error).__name__}: {error}")
             raise _Passing(Reason.IMAGE_UNREACHABLE, detail) from error
 
@@ -196,6 +207,7 @@ class WebClient:
         self, connection: "_Connection", target: Target, clock: _Clock
     ) -> http.client.HTTPResponse:
         connection.clock = clock
+        connection.bytes_left = self._max_bytes + _OVERHEAD_BYTES
         headers = {"User-Agent": self._settings.user_agent, "Accept": "image/*,*/*;q=0.5"}
         if target.authorization:
             headers["Authorization"] = target.authorization
@@ -282,6 +294,7 @@ class _Connection(http.client.HTTPConnection):
         self.default_port = PORTS[target.scheme]
         self.used = False
         self.clock = _Clock(0.0)
+        self.bytes_left = 0
         self.target = target
         self._policy = policy
         self._tls = tls
@@ -312,6 +325,16 @@ class _Connection(http.client.HTTPConnection):
     def seconds(self) -> float:
         """Return how long the next wait may take."""
         return min(float(self.timeout or 0.0), self.clock.left())
+
+    def count(self, num_bytes: int) -> None:
+        """Count what an answer has brought: http.client has no limit for some parts of it.
+
+        Raises:
+            BadImage: it is more than any answer may have.
+        """
+        self.bytes_left -= num_bytes
+        if self.bytes_left < 0:
+            raise BadImage(Reason.IMAGE_TOO_LARGE, f"{self.target.shown}: the answer does not end")
 
 
 class _TimedSocket:
@@ -345,7 +368,9 @@ class _TimedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - a writable buffer
         self._inner.settimeout(self._connection.seconds())
-        return self._raw.readinto(buffer)
+        num_bytes = self._raw.readinto(buffer)
+        self._connection.count(num_bytes or 0)
+        return num_bytes
 
     def close(self) -> None:
         self._raw.close()
@@ -356,10 +381,9 @@ def _retry_after(value: str | None) -> float | None:
     """Return the seconds that a host asks to wait: a number, or a date in its header."""
     if not value:
         return None
-    if value.strip().isdigit():
-        return float(value)
     try:
-        date = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        if value.isascii() and value.strip().isdigit():
+            return float(value)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, date.timestamp() - time.time())

@@ -6,7 +6,6 @@ ever evaluated: ``ast.literal_eval`` reads constants only.
 
 import ast
 import functools
-import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,13 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.adapters.mapping import Reader, read_renamed, reader_of, text_table, texts
-from data_prep.conversion import plain_text
+from data_prep.conversion import is_deep, plain_text
 from data_prep.delimited import CsvFormat, read_csv
-from data_prep.json_lines import line_blocks, parsed_lines, read_json_lines
+from data_prep.json_lines import line_blocks, loads, parsed_lines, read_json_lines
 from data_prep.locations import Piece
 from data_prep.readers import ROW, Columns, MalformedRow, numbered
 
 _SOURCE = "amazon2014"
+_ICONS = "/x-site/icons/"
 _MAX_LITERAL_CHARACTERS = 1 << 20  # the parser takes some hundred times that in memory
 _REVIEWS = {
     "user_id": "reviewerID",
@@ -70,7 +70,7 @@ def literal(text: str) -> object:
     line = text.strip()
     if line.startswith('{"'):
         try:
-            return json.loads(line)
+            return loads(line)
         except (ValueError, RecursionError):
             pass  # a Python literal may begin like that as well
     if len(line) > _MAX_LITERAL_CHARACTERS:
@@ -78,9 +78,12 @@ def literal(text: str) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in a text is none of our business
-            return ast.literal_eval(line)
+            value: object = ast.literal_eval(line)
     except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"no literal: {error}") from error
+    if is_deep(value):
+        raise ValueError("no literal: lists nested too deep")
+    return value
 
 
 def _item(row: dict[str, Any]) -> dict[str, str | None]:
@@ -90,8 +93,14 @@ def _item(row: dict[str, Any]) -> dict[str, str | None]:
         "brand": plain_text(row.get("brand")),
         "categories": ", ".join(dict.fromkeys(texts(row.get("categories")))),
         "description": " ".join(texts(row.get("description"))),
-        "image": plain_text(row.get("imUrl")) or None,
+        "image": _picture(row.get("imUrl")),
     }
+
+
+def _picture(value: object) -> str | None:
+    """Return the address of a product's picture; Amazon's icon for "no picture" is none."""
+    address = plain_text(value)
+    return None if not address or _ICONS in address else address
 
 
 def _read_ratings(

@@ -3,7 +3,6 @@
 An item is a parent_asin, the product that colours and sizes are variants of.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from data_prep.adapters.mapping import joined_lists, reader_of, text_table, text
 from data_prep.conversion import plain_text
 from data_prep.json_lines import (
     line_blocks,
+    loads,
     object_lines,
     parse_with_schema,
     parsed_lines,
@@ -60,7 +60,7 @@ def _read_lines(
         if lines is not None and raw is not None and len(raw) == len(lines):
             yield numbered(_items(raw), lines + first_line)
             continue
-        found = list(parsed_lines(piece.file, block, first_line, malformed, parse=json.loads))
+        found = list(parsed_lines(piece.file, block, first_line, malformed, parse=loads))
         if found:
             rows, values = zip(*found, strict=True)
             table = text_table([_item(row) for row in values], _ITEM_NAMES)

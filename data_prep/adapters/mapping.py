@@ -79,7 +79,7 @@ def as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.utf8_trim_whitespace(as_text(column))
 
 
-def texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - what a line holds
+def texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - what a line holds (no deeper than ``loads``)
     """Yield the texts that are not empty of a value, or of nested lists."""
     if isinstance(value, (list, tuple)):
         for part in value:

@@ -103,7 +103,7 @@ def amazon_2014(folder: Path, address: str) -> Section:
         "interactions": {
             "path": write_lines(folder / "reviews_Baby_5.json.gz", list(map(json.dumps, reviews)))
         },
-        "images": {"allowed_schemes": ["http"], "allowed_hosts": ["127.0.0.1"]},
+        "images": {"allowed_schemes": ["http"], "private_hosts": ["127.0.0.1"]},
     }
 
 
@@ -125,7 +125,7 @@ def amazon_2023(folder: Path, address: str) -> Section:
     return {
         "items": {"path": write_lines(folder / "meta_Baby.jsonl.gz", list(map(json.dumps, items)))},
         "interactions": {"path": write_csv(folder / "Baby.csv", [header, *reviews])},
-        "images": {"allowed_schemes": ["http"], "allowed_hosts": ["127.0.0.1"]},
+        "images": {"allowed_schemes": ["http"], "private_hosts": ["127.0.0.1"]},
     }
 
 

@@ -153,6 +153,7 @@ class Raw:
                 "root": str(self.folder / "images"),
                 "allowed_schemes": ["http"],
                 "allowed_hosts": [web.HOST],
+                "private_hosts": [web.HOST],
                 "http": HTTP,
             },
             "shards": {"max_samples": 60},

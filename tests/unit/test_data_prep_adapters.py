@@ -121,6 +121,50 @@ def test_amazon_2014_runs_no_code_and_reports_bad_lines(tmp_path: Path, line: st
     assert [row.where.rpartition("/")[2] for row in malformed] == ["meta.json line 2"]
 
 
+@pytest.mark.parametrize("depth", [10, 99, 150, 200, 500, 900, 5000])
+@pytest.mark.parametrize("name", ["title", "description", "categories", "imUrl", "other"])
+def test_amazon_2014_lines_of_any_depth_are_rows_or_malformed(
+    tmp_path: Path, name: str, depth: int
+) -> None:
+    deep = f'{{"asin": "x", "{name}": ' + "[" * depth + '"y"' + "]" * depth + "}"
+    text = "\n".join([repr(OLD_ITEMS[0]), deep, repr(OLD_ITEMS[1])])
+    (tmp_path / "meta.json").write_text(text)
+    rows, malformed = read_items(config_of("amazon2014", tmp_path, "meta.json", "x"))
+    expected = ["0000031852", *["x"] * (depth < 100), "B000"]
+    assert [row["item_id"] for row in rows] == expected
+    assert len(malformed) == 3 - len(expected)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{1: 2, 'a': (3, b'x')}",
+        "{(1, 'a'): {None: {1, 2}}}",
+        "{'a': 0x" + "f" * 5000 + "}",
+        "0x" + "f" * 5000,
+        "'\\ud800'",
+        "{'\\ud800': '\\udfff'}",
+        "{1j: ...}",
+        "[" * 90 + "{1: {'a': 2}}" + "]" * 90,
+    ],
+)
+def test_amazon_2014_literals_of_any_kind_are_texts(tmp_path: Path, value: str) -> None:
+    line = f"{{'asin': 'x', 'title': {value}, 'description': {value}, 'imUrl': {value}}}"
+    (tmp_path / "meta.json").write_text(line)
+    rows, malformed = read_items(config_of("amazon2014", tmp_path, "meta.json", "x"))
+    assert [row["item_id"] for row in rows] == ["x"]
+    assert isinstance(rows[0]["title"], str)
+    assert malformed == []
+
+
+def test_amazon_2014_icons_are_no_pictures(tmp_path: Path) -> None:
+    icon = "http://g-ecx.images-amazon.com/images/G/01/x-site/icons/no-img-sm._CB192198896_.gif"
+    lines = [repr({**OLD_ITEMS[0], "imUrl": icon}), repr(OLD_ITEMS[0])]
+    (tmp_path / "meta.json").write_text("\n".join(lines))
+    rows, _ = read_items(config_of("amazon2014", tmp_path, "meta.json", "x"))
+    assert [row["image"] for row in rows] == [None, OLD_ITEMS[0]["imUrl"]]
+
+
 REVIEW = {
     "reviewerID": "A2IBPI20UZIR0U",
     "asin": "1384719342",

@@ -74,6 +74,29 @@ def test_bad_references_are_refused_with_their_reason(
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_links_are_followed_below_the_root_only(root: Path, tmp_path: Path, scheme: str) -> None:
+    (root / "inside.jpg").symlink_to(root / "good.jpg")
+    (root / "up_and_down.jpg").symlink_to("../root/good.jpg")
+    (root / "folder").symlink_to("sub")
+    (root / "out.jpg").symlink_to(tmp_path / "secret.jpg")
+    (root / "nothing.jpg").symlink_to(tmp_path / "absent.jpg")
+    (root / "out").symlink_to("..")
+    (tmp_path / "rooted").mkdir()
+    (root / "beside").symlink_to(tmp_path / "rooted")
+    (tmp_path / "link").symlink_to(root)
+    for start in (root, tmp_path / "link"):
+        given = ImageRules(**{**vars(RULES), "root": f"{scheme}{start}"})
+        for name in ("inside.jpg", "up_and_down.jpg", "folder/odd name #1%.jpg"):
+            assert read(name, given) == CONTENT
+        for name in ("out.jpg", "nothing.jpg", "out/secret.jpg", "beside", "sub/../out/x/y.jpg"):
+            with pytest.raises(BadImage, match="is a link that leads out of") as caught:
+                read(name, given)
+            assert caught.value.reason == Reason.IMAGE_FORBIDDEN
+            assert fetching.source_state(name, given) == fetching.FORBIDDEN
+    assert read(f"{root}/out/secret.jpg", rules_at(Path("/"))) == CONTENT  # all is below the root
+
+
 def test_an_allowed_scheme_is_read(root: Path) -> None:
     url = (root / "good.jpg").as_uri()
     assert read(url, rules_at(root, allowed_schemes=("file",))) == CONTENT

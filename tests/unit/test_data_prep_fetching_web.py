@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from alignrec.errors import UserError
-from data_prep import STAGE, addresses, fetching
+from data_prep import STAGE, addresses, fetching, hosts
 from data_prep.addresses import Policy
 from data_prep.config import HttpConfig
 from data_prep.fetching import Fetcher
@@ -98,6 +98,11 @@ def drip(part: bytes, until: threading.Event) -> Behaviour:
     return behave
 
 
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    hosts.known_hosts.cache_clear()
+
+
 @pytest.fixture
 def host() -> Iterator[Host]:
     with Host() as server:
@@ -120,7 +125,7 @@ def rules(**changes: Any) -> ImageRules:
     settings = {
         "root": "/", "allowed_schemes": ("http", "https"), "max_side": 64, "min_side": 4,
         "jpeg_quality": 90, "max_bytes": MAX_BYTES, "max_pixels": 1_000_000,
-        "allowed_hosts": ("127.0.0.1",), "http": QUICK,
+        "allowed_hosts": ("127.0.0.1",), "private_hosts": ("127.0.0.1",), "http": QUICK,
     }  # fmt: skip
     return ImageRules(**{**settings, **changes})
 
@@ -266,7 +271,10 @@ def test_failures_that_last_are_given_up_and_marked_as_passing(host: Host) -> No
     assert (verdict.reason, verdict.transient) == (Reason.IMAGE_UNREACHABLE, True)
 
 
-def test_a_host_that_never_answers_gets_one_attempt_a_picture(host: Host) -> None:
+def test_a_host_that_never_answers_gets_one_attempt_a_picture(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "PROBE_SECONDS", 0.0)
     host.paths["/busy.jpg"] = in_turn(*[answer(503)] * 40, answer(200, CONTENT), answer(503))
     numbers = []
     with Fetcher(rules()) as fetcher:
@@ -279,6 +287,34 @@ def test_a_host_that_never_answers_gets_one_attempt_a_picture(host: Host) -> Non
         with pytest.raises(BadImage):  # it answers again, so it is tried three times again
             fetcher.read(host.url + "/busy.jpg")
     assert len(host.requests) == 44
+
+
+def test_a_host_that_never_answers_is_only_asked_now_and_then_by_later_chunks_too(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.paths["/busy.jpg"] = answer(503)
+    for _ in range(30):
+        verdict = refused(host.url + "/busy.jpg")  # each from a client of its own
+        assert (verdict.reason, verdict.transient) == (Reason.IMAGE_HTTP_ERROR, True)
+    assert len(host.requests) == 3 * hosts.MAX_IN_VAIN
+    assert "not asked, the host has failed 10 times in a row" in verdict.detail
+    assert read(host.url + "/good.jpg", http=HttpConfig(retries=0)) == CONTENT  # other rules
+    monkeypatch.setattr(hosts, "PROBE_SECONDS", 0.0)
+    assert read(host.url + "/good.jpg") == CONTENT  # the probe: it answers again
+    monkeypatch.undo()
+    refused(host.url + "/busy.jpg")
+    assert len(host.requests) == 3 * hosts.MAX_IN_VAIN + 2 + 3
+
+
+def test_a_host_that_redirects_to_a_dead_one_is_not_the_one_that_failed(host: Host) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but not listening
+        host.paths["/moved"] = answer(302, Location=f"http://127.0.0.1:{taken.getsockname()[1]}/")
+        for _ in range(hosts.MAX_IN_VAIN + 1):
+            verdict = refused(host.url + "/moved")
+            assert verdict.transient
+    assert "not asked" in verdict.detail
+    assert read(host.url + "/good.jpg") == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -310,6 +346,22 @@ def test_a_wait_that_the_host_asks_for_is_kept_but_bounded(host: Host, as_date: 
     assert refused(host.url + "/later.jpg").transient
     assert time.monotonic() - began < 5
     assert host.requests[-2][0] == "/x.jpg"  # so it was asked once
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "\xb2",
+        "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Mon, 01 Jan 2029 00:00:00 +99999999999999",
+        "9" * 5000,
+        "soon",
+    ],
+)
+def test_a_wait_that_is_none_is_no_wait(host: Host, after: str) -> None:
+    host.paths["/x.jpg"] = answer(503, Retry_After=after)
+    verdict = refused(host.url + "/x.jpg")
+    assert (verdict.reason, verdict.transient) == (Reason.IMAGE_HTTP_ERROR, True)
 
 
 def test_too_much_is_not_read(host: Host, end: threading.Event) -> None:
@@ -347,8 +399,43 @@ def test_slow_answers_end_with_the_time_limit(
     assert (verdict.reason, verdict.transient) == (Reason.IMAGE_TIMED_OUT, True)
 
 
+def endless(head: bytes, part: bytes, until: threading.Event) -> Behaviour:
+    def behave(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(head)
+        while not until.is_set():
+            handler.wfile.write(part * 10_000)
+
+    return behave
+
+
 @pytest.mark.parametrize(
-    "garbage", [b"\x00\xff garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"A" * 70_000 + b"\r\n"]
+    ("head", "part"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"x"),
+        (b"HTTP/1.1 302 Found\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"x"),
+        (b"HTTP/1.1 404 Gone\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n", b"x"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"Trailer: x\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+)
+def test_no_part_of_an_answer_is_without_a_limit(
+    host: Host, end: threading.Event, head: bytes, part: bytes
+) -> None:
+    host.paths["/x.jpg"] = endless(head, part, end)
+    patient = HttpConfig(timeout_seconds=60.0, total_seconds=60.0, retries=0)
+    verdict = refused(host.url + "/x.jpg", http=patient)
+    assert verdict.reason == Reason.IMAGE_TOO_LARGE
+    assert "the answer does not end" in verdict.detail
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\xff garbage\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"A" * 70_000 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + CONTENT,
+        b"HTTP/1.1 302 Found\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + CONTENT,
+    ],
 )
 def test_garbage_instead_of_an_answer(host: Host, garbage: bytes) -> None:
     def behave(handler: BaseHTTPRequestHandler) -> None:
@@ -415,7 +502,9 @@ def test_a_redirect_to_a_private_address_is_refused(
         "127.0.0.1", "10.1.2.3", "192.168.0.9", "172.16.0.1", "169.254.169.254", "100.64.0.1",
         "0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "ff02::1",
         "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
-        "2001:0:4136:e378:8000:63bf:f5ff:fffe",
+        "2001:0:4136:e378:8000:63bf:f5ff:fffe", "64:ff9b:1::7f00:1", "::ffff:0:127.0.0.1",
+        "::a9fe:a9fe", "fec0::1", "192.88.99.1", "2002:808:808::", "::ffff:8.8.8.8", "2001:db8::1",
+        "64:ff9b::c058:6301", "4000::1",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str) -> None:
@@ -431,7 +520,9 @@ def test_public_addresses(address: str) -> None:
     "spelling", ["127.0.0.1", "2130706433", "0x7f.1", "localhost", "[::1]", "[::ffff:7f00:1]"]
 )
 def test_no_spelling_of_this_machine_is_let_in(host: Host, spelling: str) -> None:
-    verdict = refused(f"http://{spelling}:{host.server_port}/good.jpg", allowed_hosts=())
+    verdict = refused(
+        f"http://{spelling}:{host.server_port}/good.jpg", allowed_hosts=(), private_hosts=()
+    )
     assert verdict.reason in (Reason.IMAGE_FORBIDDEN, Reason.IMAGE_UNREACHABLE)
     assert host.requests == []
 
@@ -457,6 +548,45 @@ def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (verdict.reason, verdict.transient) == (Reason.IMAGE_UNREACHABLE, True)
 
 
+def test_a_name_without_an_address_is_asked_for_now_and_then(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    true = socket.getaddrinfo
+
+    def getaddrinfo(name: str, *rest: Any, **options: Any) -> list[Any]:
+        asked.append(name)
+        if name.endswith(".example"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return true(name, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    given = {"allowed_hosts": (), "http": HttpConfig(retries=0)}
+    for _ in range(3):
+        assert refused("http://absent.example/x.jpg", **given).transient
+    assert asked == ["absent.example"]
+    host.paths["/moved"] = answer(302, Location="http://absent.example/x.jpg")
+    assert refused(host.url + "/moved", **given).transient
+    assert asked.count("absent.example") == 1
+    monkeypatch.setattr(hosts, "PROBE_SECONDS", 0.0)
+    refused("http://absent.example/x.jpg", **given)
+    assert asked.count("absent.example") == 2
+
+
+def test_a_listed_host_may_only_be_private_where_the_recipe_says_so(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve_to(monkeypatch, "127.0.0.1")
+    url = f"http://pictures.example:{host.server_port}/good.jpg"
+    for listed in (("pictures.example",), ("*.example",)):
+        verdict = refused(url, allowed_hosts=listed, private_hosts=())
+        assert verdict.reason == Reason.IMAGE_FORBIDDEN
+        assert "127.0.0.1 is not a public address" in verdict.detail
+    assert host.requests == []
+    assert read(url, allowed_hosts=(), private_hosts=("pictures.example",)) == CONTENT
+    assert read(url, allowed_hosts=("x.example",), private_hosts=("pictures.example",)) == CONTENT
+
+
 @pytest.mark.parametrize(
     ("host_name", "listed", "allowed"),
     [
@@ -470,7 +600,10 @@ def test_a_name_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_hosts_of_the_recipe(host_name: str, listed: tuple[str, ...], allowed: bool) -> None:
-    assert Policy(("https",), listed).lists(host_name) is allowed
+    assert Policy(("https",), listed).allows(host_name) is allowed
+    assert Policy(("https",), ("x.example",), listed[:1]).allows(host_name) is (
+        host_name == listed[0]
+    )
     given = rules(allowed_schemes=("https",), allowed_hosts=listed)
     state = fetching.source_state(f"https://{host_name.upper()}./x.jpg", given)
     assert state == ("" if allowed else fetching.FORBIDDEN)
@@ -481,7 +614,8 @@ def test_hosts_of_the_recipe(host_name: str, listed: tuple[str, ...], allowed: b
     [
         "http://", "http:///x.jpg", "http://[::1/x.jpg", "http://h:99999/x", "http://h:port/x",
         "http://" + "a" * 300 + "/x", "http://a..b/x", "http://a b/x", "http://a%00b/x",
-        "http://\udcff/x",
+        "http://\udcff/x", "http://user:pa ss@h/x", "http://us er@h/x", "http://user:pa/ss@h/x",
+        "http://user:pa?ss@h/x",
     ],
 )  # fmt: skip
 def test_addresses_that_are_none(url: str) -> None:
@@ -521,10 +655,30 @@ def test_credentials_are_sent_and_never_shown(host: Host) -> None:
         ("what?is this.jpg", "what?is this.jpg"),
         ("http://u:p@h/x moved to http://v:q@g/y?z=1", "http://h/x moved to http://g/y?..."),
         ("http://u:p@w@h/x", "http://h/x"),
+        ("http://u:p w@h/x?sig=a'SECRET", "http://h/x?..."),
     ],
 )
 def test_secrets_are_taken_out_of_messages(text: str, shown: str) -> None:
     assert addresses.without_secrets(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("reference", "shown"),
+    [
+        ("http://user:pa ss@h:80/x.jpg?sig=a'SECRET#part", "http://h:80/x.jpg?..."),
+        ("http://user:pa\tss@h/x", "http://h/x"),
+        ("HTTP://user:p@ss@[::1]/x", "HTTP://[::1]/x"),
+        ("s3://key:secret@Bucket/x", "s3://Bucket/x"),
+        ("simplecache::http://user:pass@h/x", "simplecache::http://h/x"),
+        ("http://user:pa/ss@h/x", "http://..."),
+        ("http://user:pass@[h/x", "http://..."),
+        ("what?is this.jpg", "what?is this.jpg"),
+    ],
+)
+def test_addresses_are_shown_without_secrets(reference: str, shown: str) -> None:
+    assert addresses.shown(reference) == shown
+    verdict = refused(reference, allowed_schemes=("http",), allowed_hosts=("other.example",))
+    assert not [s for s in ("user:", ":p", "ss@", "SECRET", "secret") if s in verdict.detail]
 
 
 @pytest.fixture
@@ -560,23 +714,32 @@ def test_certificates_are_checked_for_the_name_not_the_address(
     context.load_cert_chain(certificate)
     host.socket = context.wrap_socket(host.socket, server_side=True)
     resolve_to(monkeypatch, "127.0.0.1")
-    hosts = ("*.example",)
+    rules_of_hosts = {
+        "allowed_hosts": (), "private_hosts": ("pictures.example", "other.example"),
+    }  # fmt: skip
     url = f"https://pictures.example:{host.server_port}/good.jpg"
-    verdict = refused(url, allowed_hosts=hosts)
+    verdict = refused(url, **rules_of_hosts)
     assert (verdict.reason, verdict.transient) == (Reason.IMAGE_UNREACHABLE, False)
     assert "certificate" in verdict.detail
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    assert read(url, allowed_hosts=hosts) == CONTENT
+    assert read(url, **rules_of_hosts) == CONTENT
     wrong = f"https://other.example:{host.server_port}/good.jpg"
-    assert "certificate" in refused(wrong, allowed_hosts=hosts).detail
+    assert "certificate" in refused(wrong, **rules_of_hosts).detail
 
 
 @pytest.mark.parametrize(
     "host_name", ["https://a.example", "a.example/x", "a.*.example", "*", "", "ü" * 70]
 )
 def test_hosts_that_would_match_nothing_are_the_users_mistake(host_name: str) -> None:
-    section = {"source": "synthetic", "images": {"allowed_hosts": [host_name]}}
-    with pytest.raises(UserError, match="is no host name"):
+    for setting in ("allowed_hosts", "private_hosts"):
+        section = {"source": "synthetic", "images": {setting: [host_name]}}
+        with pytest.raises(UserError, match=f"{setting}.*is no host name"):
+            STAGE.load_config(section)
+
+
+def test_private_hosts_are_exact() -> None:
+    section = {"source": "synthetic", "images": {"private_hosts": ["*.example.com"]}}
+    with pytest.raises(UserError, match=r"private_hosts: .* is no host name"):
         STAGE.load_config(section)
 
 

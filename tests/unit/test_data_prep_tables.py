@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alignrec.errors import StageFailure, UserError
-from data_prep import delimited, json_lines, locations, readers, tables
+from data_prep import conversion, delimited, json_lines, locations, readers, tables
 from data_prep.tables import ROW, Columns, MalformedRow
 
 ROWS: list[dict[str, Any]] = [
@@ -360,6 +360,40 @@ def test_which_lines_are_rows_does_not_depend_on_the_columns(tmp_path: Path) -> 
     two, bad_two = read(tmp_path / "t.jsonl", Columns("s", text=("key", "b")))
     assert [row["key"] for row in one] == [row["key"] for row in two] == list("abcdef")
     assert bad_one == bad_two == []
+
+
+@pytest.mark.parametrize("depth", [99, 200, 500, 900])
+@pytest.mark.parametrize("inner", ["1", "NaN", '{"b": 1, "a": [2]}'])
+def test_lines_of_any_depth_are_rows_in_both_passes(tmp_path: Path, depth: int, inner: str) -> None:
+    deep = '{"key": "a", "b": ' + "[" * depth + inner + "]" * depth + "}"
+    (tmp_path / "t.jsonl").write_text(deep + '\n{"key": "b", "b": "x"}\n')
+
+    def passes() -> tuple[list[Any], list[Any]]:
+        one, bad_one = read(tmp_path / "t.jsonl", Columns("s", text=("key",)))
+        two, bad_two = read(tmp_path / "t.jsonl", Columns("s", text=("key", "b")))
+        assert bad_one == bad_two
+        return [row["key"] for row in one], [row["key"] for row in two]
+
+    def deeper(frames: int) -> tuple[list[Any], list[Any]]:
+        return deeper(frames - 1) if frames else passes()
+
+    one, two = passes()
+    assert one == two == deeper(300)[0]
+    assert one[-1] == "b"
+    if inner != "NaN":  # which pyarrow refuses, and Python reads no deeper
+        assert one == ["a", "b"]
+
+
+@pytest.mark.parametrize("depth", [50, 200, 500, 900])
+def test_values_of_any_depth_and_keys_of_any_kind_have_a_text(depth: int) -> None:
+    value: Any = {2: "x", "1": [None, 1.5], (3, "a"): float("nan"), None: True}
+    text = conversion.plain_text(value)
+    assert text == '{"": true, "1": [null, 1.5], "2": "x", "3, a": NaN}'
+    for wrap in (lambda v: [v], lambda v: (v,), lambda v: {1: v, "k": 2}, lambda v: {"k": [v]}):
+        deep: Any = "end"
+        for _ in range(depth):
+            deep = wrap(deep)
+        assert isinstance(conversion.plain_text(deep), str)
 
 
 @pytest.mark.parametrize(

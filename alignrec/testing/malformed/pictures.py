@@ -295,14 +295,14 @@ def _orientation(value: int) -> Image.Exif:
 def _strange_places() -> Iterator[PictureCase]:
     """What is no plain file; opening some of it would wait for ever."""
     unreadable = one_of("image_unreadable")
+    forbidden = one_of("image_forbidden_location")  # a link that leads out of the root
     yield PictureCase("absent", one_of("image_missing"), place="absent")
     yield PictureCase("folder", unreadable, place="folder")
     yield PictureCase("pipe", unreadable, place="pipe")
-    yield PictureCase("device", unreadable, place="device")
-    yield PictureCase("link-to-text", _UNKNOWN, place="link_to_text")
-    yield PictureCase("link-to-nothing", one_of("image_missing"), place="link_to_nothing")
+    yield PictureCase("device", forbidden, place="device")
+    yield PictureCase("link-to-text", forbidden, place="link_to_text")
+    yield PictureCase("link-to-nothing", forbidden, place="link_to_nothing")
     yield PictureCase("link-to-itself", unreadable, place="link_to_itself")
-    # Who can write a link into the root may choose where it leads.
-    yield PictureCase("link-out", one_of(GOOD), place="link_out", show_colour=True)
+    yield PictureCase("link-out", forbidden, place="link_out")
     may_read = os.geteuid() == 0  # to whom permissions mean nothing
     yield PictureCase("forbidden", one_of(GOOD) if may_read else unreadable, place="unreadable")

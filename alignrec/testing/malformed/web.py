@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
+from urllib.parse import quote, unquote
 
 from alignrec.testing.malformed import GOOD, one_of
 from alignrec.testing.malformed.pictures import MAX_BYTES, good_picture, png
@@ -17,6 +18,7 @@ PRIVATE_HOSTS = (
     "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "198.18.0.1",
     "192.0.2.1", "224.0.0.1", "255.255.255.255", "[::1]", "[::]", "[::ffff:127.0.0.1]",
     "[::ffff:10.0.0.1]", "[fc00::1]", "[fe80::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]",
+    "[64:ff9b:1::7f00:1]", "[::ffff:0:127.0.0.1]", "[::a9fe:a9fe]", "[fec0::1]", "192.88.99.1",
 )  # fmt: skip
 _WAIT_SECONDS = 60.0
 _HTTP_ERROR = one_of("image_http_error")
@@ -97,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked[self.path] += 1
         _, kind, *rest = self.path.split("/", 3)
         if kind == "status":
-            self._status(int(rest[0]), rest[1] if len(rest) > 1 else "")
+            self._status(int(rest[0]), unquote(rest[1]) if len(rest) > 1 else "")
         elif kind == "redirect":
             self._status(302, "", {"Location": self.server_redirect("/".join(rest))})
         elif kind in _WAYS:
@@ -198,6 +200,8 @@ _WAYS: dict[str, Callable[[_Handler], object]] = {
     "noise": lambda h: h.raw(bytes(range(256)) * 20),
     "status-of-words": lambda h: h.raw(b"HTTP/1.1 fine OK\r\n\r\n", _PICTURE),
     "chunk-of-words": lambda h: h.raw(_CHUNKED, b"many\r\n", _PICTURE),
+    "chunk-of-minus-one": lambda h: h.for_ever(_CHUNKED + b"-1\r\n", bytes(65_536)),
+    "negative-chunk": lambda h: h.raw(_CHUNKED, b"-5\r\n", _PICTURE),
     "chunk-cut": lambda h: h.raw(_CHUNKED, b"fffff\r\n", _PICTURE),
     "chunk-of-exabytes": lambda h: h.raw(_CHUNKED, b"fffffffffffffff\r\n", _PICTURE),
     "gzip-coding": lambda h: h.body(b"\x1f\x8b" + bytes(99), more=b"Content-Encoding: gzip\r\n"),
@@ -224,10 +228,11 @@ def _answers(host: HostileHost) -> Iterator[WebCase]:
         _CUT: ("cut-picture", "length-too-short"),
         one_of("image_too_many_pixels"): ("bomb",),
         _TOO_LARGE: ("announced-10-GB", "above-the-limit", "endless-body", "endless-chunks"),
-        _TIMED_OUT: ("endless-continues", "slow-body", "slow-headers", "no-answer",
-                     "stops-halfway"),
+        _TIMED_OUT: ("slow-body", "slow-headers", "no-answer", "stops-halfway"),
+        _TIMED_OUT | _TOO_LARGE: ("endless-continues", "chunk-of-minus-one"),
         _UNREACHABLE: ("length-too-long", "endless-headers", "endless-header", "hangs-up",
-                       "other-protocol", "noise", "status-of-words", "chunk-of-words", "chunk-cut"),
+                       "other-protocol", "noise", "status-of-words", "chunk-of-words", "chunk-cut",
+                       "negative-chunk"),
         _UNREACHABLE | _TOO_LARGE: ("chunk-of-exabytes",),
         _HTTP_ERROR: ("gzip-coding", "unknown-coding"),
     }  # fmt: skip
@@ -243,8 +248,14 @@ def _statuses(host: HostileHost) -> Iterator[WebCase]:
         yield WebCase(f"web-{code}", f"{host.url}/status/{code}", _HTTP_ERROR)
     for code in (429, 500, 502, 503, 504):
         yield WebCase(f"web-{code}", f"{host.url}/status/{code}/0", _HTTP_ERROR)
-    for name, wait in {"days": "999999", "words": "soon", "negative": "-1"}.items():
-        yield WebCase(f"web-wait-{name}", f"{host.url}/status/503/{wait}", _HTTP_ERROR)
+    for name, wait in {
+        "days": "999999",
+        "words": "soon",
+        "negative": "-1",
+        "digit": "\xb2",
+        "far": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT",
+    }.items():
+        yield WebCase(f"web-wait-{name}", f"{host.url}/status/503/{quote(wait)}", _HTTP_ERROR)
 
 
 def _redirects(host: HostileHost) -> Iterator[WebCase]:
