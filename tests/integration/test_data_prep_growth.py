@@ -349,7 +349,7 @@ def test_a_kill_of_driver_raylet_or_worker_costs_only_what_was_in_flight(
         references[gated] = f"{host.address}/{picture(gated)}"
         at = items.column_names.index("image")
         pq.write_table(items.set_column(at, "image", [references]), shop.raw / "items.parquet")
-        web = {"allowed_schemes": ["http"], "allowed_hosts": ["127.0.0.1"]}
+        web = {"allowed_schemes": ["http"], "private_hosts": ["127.0.0.1"]}
         host.gate.set()
         shop.prepare(versions={}, images=web)
         wanted = content(shop.output)
