@@ -57,7 +57,8 @@ class Lock:
         """Take the lock.
 
         Raises:
-            UserError: another run holds it, or the folder cannot be written.
+            StageFailure: another run holds it; later it may be free.
+            UserError: the folder cannot be written.
         """
         try:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -101,14 +102,14 @@ class Lock:
         if holder is not None:
             age = now - self._path.stat().st_mtime
             if not _is_gone(holder, age):
-                raise UserError(_refusal(self._root, holder, age))
+                raise StageFailure(_refusal(self._root, holder, age))
             self._path.unlink()
         spare = self._root / f".{LOCK}.{self._entry['token']}.writing"
         spare.write_text(json.dumps(self._entry), encoding="utf-8")
         try:
             os.link(spare, self._path)  # all of it or nothing, and only if there is none
         except FileExistsError:
-            raise UserError(_refusal(self._root, _read(self._path) or _NO_ENTRY, 0.0)) from None
+            raise StageFailure(_refusal(self._root, _read(self._path) or _NO_ENTRY, 0.0)) from None
         except OSError:  # no hard links here
             with self._path.open("x", encoding="utf-8") as file:
                 json.dump(self._entry, file)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure
 
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.02
@@ -26,12 +26,12 @@ def held(path: Path, *, refusal: Callable[[str], str]) -> Iterator[None]:
         refusal: what to tell the second process, made of who the first one is.
 
     Raises:
-        UserError: another process holds it.
+        StageFailure: another process holds it; it may be free when this is tried again.
     """
     with path.open("a+", encoding="utf-8") as file:
         if not _taken(file):
             file.seek(0)
-            raise UserError(refusal(_holder(file.read())))
+            raise StageFailure(refusal(_holder(file.read())))
         file.truncate(0)
         json.dump(
             {

@@ -20,7 +20,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Hold the folder for the length of the block; the lock ends with the process, however it ends.
 
     Raises:
-        UserError: another run holds it, or it cannot be made.
+        StageFailure: another run holds it.
+        UserError: it cannot be made.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -180,7 +180,7 @@ def test_a_scheduled_run_is_submitted_once_though_its_server_is_killed(commands:
     (folder / "yearly.state.json").write_text(json.dumps(forgotten))
     with commands.served() as server:
         assert until((folder / "yearly.history.jsonl").exists, seconds=60)
-        second = commands("launch", "schedule", "serve", code=2)
+        second = commands("launch", "schedule", "serve", code=1)
         assert f"are served by process {server.pid}" in second.stderr
         server.terminate()
         assert server.wait(timeout=60) == 0

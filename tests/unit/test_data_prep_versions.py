@@ -147,7 +147,7 @@ def leave_lock(root: Path, **changes: Any) -> None:
 
 
 def test_the_second_run_is_told_who_holds_the_lock(root: Path) -> None:
-    with Lock(root, run="nightly"), pytest.raises(UserError) as refused:
+    with Lock(root, run="nightly"), pytest.raises(StageFailure) as refused:
         write(root, "one")
     message = str(refused.value)
     for part in ("the run nightly", f"process {os.getpid()}", socket.gethostname(), "since 20"):
@@ -161,7 +161,7 @@ def test_a_dead_process_of_this_host_loses_the_lock(
 ) -> None:
     start = lock._process_start(other_process.pid)
     leave_lock(root, pid=other_process.pid, process_start=start)
-    with pytest.raises(UserError, match=f"process {other_process.pid}"):
+    with pytest.raises(StageFailure, match=f"process {other_process.pid}"):
         write(root, "one")
     leave_lock(
         root, pid=other_process.pid, process_start="1"
@@ -175,10 +175,10 @@ def test_a_dead_process_of_this_host_loses_the_lock(
 
 def test_a_process_of_another_host_is_respected_until_its_heart_stands_still(root: Path) -> None:
     leave_lock(root, host="elsewhere", place=["elsewhere", "boot", "pid:[1]"], pid=1)
-    with pytest.raises(UserError, match=r"on elsewhere.*taken over 120 s after"):
+    with pytest.raises(StageFailure, match=r"on elsewhere.*taken over 120 s after"):
         write(root, "one")
     os.utime(root / LOCK, times=(0, (root / LOCK).stat().st_mtime - 119))
-    with pytest.raises(UserError, match="elsewhere"):
+    with pytest.raises(StageFailure, match="elsewhere"):
         write(root, "one")
     os.utime(root / LOCK, times=(0, (root / LOCK).stat().st_mtime - 3))
     assert write(root, "one") == "000001"
@@ -187,7 +187,7 @@ def test_a_process_of_another_host_is_respected_until_its_heart_stands_still(roo
 def test_a_torn_lock_counts_as_one_of_another_host(root: Path) -> None:
     leave_lock(root)
     (root / LOCK).write_text('{"pid": 1')
-    with pytest.raises(UserError, match="did not say its name"):
+    with pytest.raises(StageFailure, match="did not say its name"):
         write(root, "one")
     os.utime(root / LOCK, times=(0, 0))
     assert write(root, "one") == "000001"

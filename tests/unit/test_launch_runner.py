@@ -199,7 +199,7 @@ def test_the_run_is_recorded_before_it_starts(project: Project) -> None:
 
 def test_two_runs_at_once_are_refused_by_name(project: Project) -> None:
     with run_directory.locked(project.path):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(StageFailure) as caught:
             project.run()
         assert f"process {os.getpid()} on {socket.gethostname()}" in str(caught.value)
     assert project.states(last="data_prep") == ["ran"]
