@@ -102,7 +102,7 @@ def load_yaml(path: Path) -> Tree:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}. Check the path.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
         where = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {where}. Correct that line.") from error
     if not isinstance(tree, dict):
@@ -137,7 +137,7 @@ def apply_assignments(tree: Mapping[str, Any], assignments: Iterable[str]) -> Tr
                 )
         try:
             node[parts[-1]] = _read_scalar(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(
                 f"--set {assignment!r}: the value is not valid YAML. Quote it for the shell."
             ) from error

@@ -103,7 +103,9 @@ def test_assignments_are_typed_and_do_not_alter_their_input() -> None:
     assert tree == {"align": {"epochs": 3}}
 
 
-@pytest.mark.parametrize("text", ["align", "align=3", ".x=1", "align.epochs.deep=1", "align.x=[1"])
+@pytest.mark.parametrize(
+    "text", ["align", "align=3", ".x=1", "align.epochs.deep=1", "align.x=[1", "align.x=2026-13-45"]
+)
 def test_malformed_assignments(text: str) -> None:
     with pytest.raises(UserError, match="--set"):
         configuration.apply_assignments({"align": {"epochs": 3}}, [text])
@@ -129,6 +131,9 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
         configuration.load_yaml(bad)
     bad.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot read"):
+        configuration.load_yaml(bad)
+    bad.write_text("align: {seed: 2026-13-45}")
+    with pytest.raises(UserError, match="not valid YAML: month must be in"):
         configuration.load_yaml(bad)
     bad.write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(UserError, match="not valid YAML"):

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 
+from alignrec.errors import UserError
 from alignrec.ray_token import ensure_token
 from cluster import environment
 from data_prep import engine
@@ -17,10 +18,11 @@ from data_prep.config import DataPrepConfig
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "ray" / "auth_token"
+    path = tmp_path / ".ray" / "auth_token"
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     return path
 
 
@@ -39,6 +41,39 @@ def test_it_is_private_and_kept(path: Path) -> None:
     assert path.read_text() == token
     assert mode(path) == 0o600
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_chosen_one_is_made_but_never_changed(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = tmp_path / "chosen"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(chosen))
+    ensure_token()
+    assert mode(chosen) == 0o600
+    assert not path.exists()
+    chosen.chmod(0o640)  # shared with a group on purpose
+    ensure_token()
+    assert mode(chosen) == 0o640
+
+
+def test_rights_that_cannot_be_changed_are_left(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_token()
+    path.chmod(0o644)
+    changed = mock.Mock(side_effect=PermissionError("read-only file system"))
+    monkeypatch.setattr(Path, "chmod", changed)
+    ensure_token()
+    assert changed.call_count == 1
+
+
+def test_one_that_cannot_be_made_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "file" / "token"))
+    with pytest.raises(UserError, match=r"cannot be made or read .*RAY_AUTH_TOKEN"):
+        ensure_token()
 
 
 @pytest.mark.parametrize(
