@@ -1,6 +1,8 @@
 """Environment variables that Ray reads, and its token (command line -> every use of Ray)."""
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 
 from alignrec.ray_token import ensure_token
 
@@ -36,3 +38,22 @@ def prepare(*, loopback: bool) -> None:
     for name, value in (_DEFAULTS | (_LOOPBACK if loopback else {})).items():
         os.environ.setdefault(name, value)
     ensure_token()
+
+
+@contextlib.contextmanager
+def changed(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Have environment variables for the length of the block; None hides one."""
+    before = {name: os.environ.get(name) for name in variables}
+    _put(variables)
+    try:
+        yield
+    finally:
+        _put(before)
+
+
+def _put(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -80,7 +80,7 @@ def _submit(options: argparse.Namespace) -> int:
     selection = runner.Selection(first=options.first, last=options.last)
     runner.chosen_steps(recipe, selection)
     jobs = Jobs(options.address)
-    job_id = jobs.submit(recipe, run_dir, selection.options)
+    job_id = jobs.submit(recipe, run_dir, selection.options, directory=_directory())
     if options.json:
         print(json.dumps({"id": job_id, "run_dir": str(run_dir), "address": jobs.address}))
     else:
@@ -152,6 +152,11 @@ def _print_jobs(jobs: Sequence[Job], options: argparse.Namespace) -> None:
 
 def _clock(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _directory() -> Path:
+    """Return where relative paths of a recipe start: here, or where a manifest of ours says."""
+    return Path(os.environ.get("ALIGNREC_DIRECTORY") or Path.cwd())
 
 
 def _there(options: argparse.Namespace) -> str:

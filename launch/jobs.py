@@ -8,6 +8,7 @@ import re
 import secrets
 import shlex
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ _REPORT = re.compile(r"^(?:error|failed): .*$", re.MULTILINE)  # as the command 
 _POLL_SECONDS = 1.0
 _SILENCE_SECONDS = 60.0
 _STOP_SECONDS = 60.0
+_ANSWER_SECONDS = (5.0, 60.0)  # to connect, and between two pieces of an answer
+# Ray prefers these to the address that its client is given.
+_OTHER_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +71,16 @@ class Jobs:
     """The jobs of one cluster.
 
     Raises:
-        UserError: no cluster answers at the address, or it does not accept the token.
+        NoAnswerError: no cluster answers at the address.
+        RefusedError: it does not accept the token.
     """
 
     def __init__(self, address: str | None = None) -> None:
         self.address = check_address(address) if address else _default_address()
         environment.prepare(loopback=True)
-        from ray.job_submission import JobSubmissionClient
-
         logging.getLogger("ray").setLevel(logging.WARNING)  # no lines about the upload
-        with self._explained():
-            self._client: Any = JobSubmissionClient(self.address)
+        with self._explained(), environment.changed(dict.fromkeys(_OTHER_ADDRESSES)):
+            self._client = _client(self.address)
 
     def submit(
         self,
@@ -86,7 +89,7 @@ class Jobs:
         options: Sequence[str] = (),
         *,
         job_id: str | None = None,
-        directory: Path | None = None,
+        directory: Path,
     ) -> str:
         """Start a run on the cluster and return its submission id.
 
@@ -98,13 +101,13 @@ class Jobs:
             run_dir: absolute folder of the run.
             options: further options of ``launch run``.
             job_id: its submission id; None for a new one.
-            directory: where relative paths of the recipe start; None for here.
+            directory: where relative paths of the recipe start.
 
         Raises:
             JobExistsError: the cluster has a job of that id already.
         """
         job_id = job_id or _new_id(recipe)
-        variables = _variables(job_id, directory or Path.cwd(), recipe)
+        variables = _variables(job_id, directory, recipe)
         command = ["python", "-m", "launch", "run", RECIPE_FILE, "--run-dir", str(run_dir)]
         with checkout.packaged() as folder, self._explained():
             text = yaml.safe_dump(dict(recipe.sections), sort_keys=False)
@@ -197,7 +200,7 @@ class Jobs:
         try:
             yield
         except AuthenticationError as error:
-            raise UserError(
+            raise RefusedError(
                 f"the cluster at {self.address} refused the token. Put the cluster's token into "
                 f"{token_path()} or RAY_AUTH_TOKEN (there: ray get-auth-token)."
             ) from error
@@ -206,7 +209,7 @@ class Jobs:
                 f"no Ray cluster answers at {self.address}. Start one (python -m cluster up) or "
                 f"correct --address."
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, KeyError) as error:  # whatever answered
             if job_id is not None and "404" in str(error):
                 raise UnknownJobError(self._unknown(job_id)) from error
             if "already exists" in str(error):
@@ -226,12 +229,29 @@ class NoAnswerError(UserError):
     """Nobody answers at the address of the cluster."""
 
 
+class RefusedError(UserError):
+    """The cluster does not accept our token."""
+
+
 class UnknownJobError(UserError):
     """The cluster has no job of that id."""
 
 
 class JobExistsError(UserError):
     """The cluster has a job of that id already."""
+
+
+def _client(address: str) -> Any:  # noqa: ANN401 - ray.job_submission.JobSubmissionClient
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]  # ray has no types
+        """Ray's client, which would wait for an answer for ever."""
+
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+            options.setdefault("timeout", _ANSWER_SECONDS)
+            return super()._do_request(*arguments, **options)
+
+    return Client(address)
 
 
 def _job(details: Any) -> Job:  # noqa: ANN401 - ray.job_submission.JobDetails
@@ -252,12 +272,20 @@ def check_address(address: str) -> str:
     Raises:
         UserError: it has not; Ray would take it for something else.
     """
-    if not _ADDRESS.fullmatch(address):
+    if not _ADDRESS.fullmatch(address) or not _has_host(address):
         raise UserError(
             f"--address {address} is no address of a job API. Write it as http://HOST:8265, the "
             f"address of the cluster's dashboard."
         )
     return address
+
+
+def _has_host(address: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # [::1 without its end, a port that is no number
+        return False
 
 
 def _default_address() -> str:

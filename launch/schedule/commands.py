@@ -18,13 +18,14 @@ from cluster.checkout import RECIPES, recipe_path
 from launch import recipe as recipes
 from launch import runner
 from launch.arguments import add_address, add_json, add_recipe
-from launch.schedule import definition, listing
+from launch.schedule import definition, listing, timetable
 from launch.schedule.definition import Schedule
 from launch.schedule.serving import Server
 from launch.schedule.store import Folder, stamp
 from launch.schedule.submitting import RayJobs
 
 _LOOK_SECONDS = 5.0
+_LONGEST_EVERY = 3600.0
 
 
 def add_to(commands: Any) -> None:  # noqa: ANN401 - argparse's action of subparsers
@@ -47,6 +48,12 @@ def add_to(commands: Any) -> None:  # noqa: ANN401 - argparse's action of subpar
         "kubernetes", help="a CronJob whose pods submit to a cluster"
     )
     cron_job.add_argument("--image", required=True, help="image with the checkout and its packages")
+    cron_job.add_argument(
+        "--recipe-path",
+        type=Path,
+        metavar="PATH",
+        help="where a recipe that is not in launch/recipes is in the image",
+    )
     actions: tuple[tuple[argparse.ArgumentParser, Callable[..., int]], ...] = (
         (add, _add),
         (listing, _list),
@@ -158,7 +165,7 @@ def _list(options: argparse.Namespace) -> int:
     for name in folder.names():
         try:
             rows.append(listing.row(folder, folder.read(name), _now()))
-        except UserError as error:
+        except (ValueError, OSError) as error:
             rows.append({"name": name, "error": str(error)})
     server = folder.server()
     if options.json:
@@ -209,8 +216,11 @@ def _remove(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    if not options.every > 0:
-        raise UserError(f"--every {options.every:g} leaves no time between looks. Set 1 or more.")
+    if not 0 < options.every <= _LONGEST_EVERY:
+        raise UserError(
+            f"--every {options.every:g} is no time between looks: times would come late or the "
+            f"server never rest. Set 1 to {_LONGEST_EVERY:.0f} seconds."
+        )
     folder = Folder(options.folder)
     stop = threading.Event()
 
@@ -245,7 +255,9 @@ def _render(options: argparse.Namespace) -> int:
             f"{schedule.name} has --on-overlap queue, which no CronJob can do. Use skip, or have "
             f"it served: python -m launch schedule serve"
         )
-    command = ["python", "-m", "launch", "submit", schedule.recipe, "--follow"]
+    timetable.check_for_kubernetes(schedule.cron)
+    recipe = _recipe_in_image(schedule, options.recipe_path)
+    command = ["python", "-m", "launch", "submit", recipe, "--follow"]
     command += ["--address", schedule.address, "--run-dir", str(schedule.run_dir)]
     command += [*schedule.selection.options, *(f"--set={a}" for a in schedule.assignments)]
     text = kubernetes.render_cron(
@@ -253,7 +265,7 @@ def _render(options: argparse.Namespace) -> int:
         cron=schedule.cron,
         timezone=schedule.timezone,
         command=command,
-        variables=schedule.variables,
+        variables=schedule.variables | {"ALIGNREC_DIRECTORY": str(schedule.directory)},
         image=options.image,
         deadline_seconds=None if schedule.deadline is None else round(schedule.deadline),
         retries=schedule.retries,
@@ -261,6 +273,21 @@ def _render(options: argparse.Namespace) -> int:
     )
     print(text, end="")
     return 0
+
+
+def _recipe_in_image(schedule: Schedule, path: Path | None) -> str:
+    own = Path(schedule.recipe).is_absolute()
+    if own and path is None:
+        raise UserError(
+            f"{schedule.recipe} is a file of this machine, which the image need not have. Say "
+            f"where it is in the image: --recipe-path PATH"
+        )
+    if path is not None and not (own and path.is_absolute() and path.suffix in (".yaml", ".yml")):
+        raise UserError(
+            f"--recipe-path {path} is no place of {schedule.recipe} in the image. "
+            + ("Give an absolute path that ends in .yaml." if own else "Leave it out.")
+        )
+    return str(path) if path else schedule.recipe
 
 
 def _command(action: str, options: argparse.Namespace) -> str:

@@ -15,7 +15,8 @@ from launch.runner import Selection
 from launch.schedule import timetable
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
-_LONGEST_WAIT = datetime.timedelta(hours=1)
+LONGEST_WAIT = datetime.timedelta(hours=1)
+_YEAR_SECONDS = 366 * 86_400.0  # times before that are not made up for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,18 @@ class Schedule:
         "skip", "what becomes of a time at which the run before is not over"
     )
     deadline: float | None = option(
-        None, "seconds by which a run may begin late; null: any", minimum=1
+        None, "seconds by which a run may begin late; null: any", minimum=1, maximum=_YEAR_SECONDS
     )
     retries: int = option(0, "further attempts after a failure", minimum=0, maximum=20)
     retry_wait: float = option(
-        60.0, "seconds before the first further attempt; they double with each", minimum=0
+        60.0,
+        "seconds before the first further attempt; they double with each, up to an hour",
+        minimum=0,
+        maximum=LONGEST_WAIT.total_seconds(),
     )
-    keep_history: int = option(100, "entries of the history that are kept", minimum=1)
+    keep_history: int = option(
+        100, "entries of the history that are kept", minimum=1, maximum=100_000
+    )
 
     def __post_init__(self) -> None:
         """Refuse what could not work.
@@ -79,7 +85,7 @@ class Schedule:
     def wait_after(self, attempt: int) -> datetime.timedelta:
         """Return how long to wait after a failed attempt (1, 2, ...) before the next one."""
         seconds = self.retry_wait * 2.0 ** (attempt - 1)
-        return min(datetime.timedelta(seconds=seconds), _LONGEST_WAIT)
+        return min(datetime.timedelta(seconds=seconds), LONGEST_WAIT)
 
     def following(self, after: datetime.datetime) -> datetime.datetime:
         """Return its first time after ``after``, in UTC."""

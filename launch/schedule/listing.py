@@ -6,20 +6,21 @@ import zoneinfo
 from typing import Any
 
 from launch.schedule.definition import Schedule
-from launch.schedule.store import Folder
+from launch.schedule.store import Folder, moment
 
 
 def row(folder: Folder, schedule: Schedule, now: datetime.datetime) -> dict[str, Any]:
     """Return what there is to say of a schedule as plain JSON values."""
     state = folder.state(schedule)
     history = folder.history(schedule.name)
+    following = schedule.following(max(now, moment(state.decided)))
     return {
         "name": schedule.name,
         "cron": schedule.cron,
         "timezone": schedule.timezone,
         "recipe": schedule.recipe,
         "run_dir": str(schedule.run_dir),
-        "next": schedule.following(now).isoformat(),
+        "next": following.isoformat(),
         "active": dataclasses.asdict(state.active) if state.active else None,
         "queued": state.queued,
         "last": dataclasses.asdict(history[-1]) if history else None,

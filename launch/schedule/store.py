@@ -40,6 +40,11 @@ class Active:
     attempt: int = option(1, "number of the attempt", minimum=1)
     trouble: str = option("", "why it is not submitted yet")
 
+    def __post_init__(self) -> None:
+        """Refuse what are no times."""
+        moment(self.time)
+        moment(self.since)
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -48,6 +53,11 @@ class State:
     decided: str = option(help="every time up to this one has been decided on")
     active: Active | None = option(None, "the run under way")
     queued: str | None = option(None, "the time whose run begins when that is over")
+
+    def __post_init__(self) -> None:
+        """Refuse what are no times."""
+        for time in (self.decided, self.queued or self.decided):
+            moment(time)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +72,10 @@ class Entry:
     started: str | None = option(None, "when it began")
     ended: str = option("", "when that was known")
     reason: str = option("", "why, where it did not succeed")
+
+    def __post_init__(self) -> None:
+        """Refuse what is no time."""
+        moment(self.time)
 
 
 class Folder:
@@ -92,6 +106,11 @@ class Folder:
             raise UserError(f"{name}: there is no such schedule in {self.path}. {hint}")
         try:
             return definition.build(_load(path))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}), so {name} does not run. Look at the "
+                f"storage."
+            ) from error
         except UserError as error:
             raise UserError(
                 f"{path} is damaged, so {name} does not run: {error} Add it again with --replace."
@@ -111,16 +130,18 @@ class Folder:
     def state(self, schedule: Schedule) -> State:
         """Return where a schedule stands; a damaged file counts as none.
 
-        Without one, the newest time since it was added is decided on again: its job has the id that
-        it had, which the cluster refuses to take twice.
+        Without one, what the history knows is decided, and the newest time after that is decided on
+        again: its job has the id that it had, which the cluster refuses to take twice.
+
+        Raises:
+            OSError: the file is there and cannot be read now.
         """
-        try:
-            state = configuration.build(
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return configuration.build(
                 State, _load(self._file(schedule.name, _STATE)), section="state"
             )
-        except UserError:
-            return State(schedule.added)
-        return dataclasses.replace(state, decided=max(state.decided, schedule.added))
+        known = (moment(entry.time) for entry in self.history(schedule.name))
+        return State(stamp(max([moment(schedule.added), *known])))
 
     def write_state(self, schedule: Schedule, state: State) -> None:
         """Record where a schedule stands."""
@@ -128,18 +149,32 @@ class Folder:
         artifacts.write_json(path, configuration.to_mapping(state))
 
     def history(self, name: str) -> list[Entry]:
-        """Return what became of a schedule's times, oldest first."""
-        path = self._file(name, _HISTORY)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        """Return what became of a schedule's times, oldest first.
+
+        Raises:
+            OSError: the file is there and cannot be read now.
+        """
+        try:
+            text = self._file(name, _HISTORY).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
         entries = []
-        for line in lines:
-            with contextlib.suppress(UserError, ValueError):  # a line that somebody edited
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):  # a line that somebody edited
                 entries.append(configuration.build(Entry, json.loads(line), section="entry"))
         return entries
 
     def record(self, schedule: Schedule, entry: Entry) -> None:
-        """Add an entry, or replace the one of the same job: after a kill it comes again."""
-        kept = [other for other in self.history(schedule.name) if other.job != entry.job]
+        """Add an entry, or replace the one of the same job: after a kill it comes again.
+
+        What ran is never replaced by its having been skipped.
+        """
+        history = self.history(schedule.name)
+        if entry.outcome == "skipped" and any(
+            other.job == entry.job and other.outcome != "skipped" for other in history
+        ):
+            return
+        kept = [other for other in history if other.job != entry.job]
         entries = [*kept, entry][-schedule.keep_history :]
         text = "".join(json.dumps(dataclasses.asdict(e)) + "\n" for e in entries)
         path = self._file(schedule.name, _HISTORY)
@@ -154,8 +189,8 @@ class Folder:
     def asked(self, name: str) -> str | None:
         """Return when a run was asked for; None when none was."""
         try:
-            return str(_load(self._file(name, _ASKED))["time"])
-        except (UserError, KeyError):
+            return stamp(moment(_load(self._file(name, _ASKED))["time"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def forget_asked(self, name: str, time: str) -> None:
@@ -215,12 +250,19 @@ def stamp(time: datetime.datetime) -> str:
 
 
 def moment(text: str) -> datetime.datetime:
-    """Return the time of such a text."""
-    return datetime.datetime.fromisoformat(text)
+    """Return the time of such a text.
+
+    Raises:
+        ValueError: it is none, or of an unknown zone.
+    """
+    time = datetime.datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return time
 
 
 def _load(path: Path) -> Any:  # noqa: ANN401 - any JSON value
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"cannot read {path}: {error}.") from error

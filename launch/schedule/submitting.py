@@ -1,10 +1,9 @@
 """Runs of schedules as jobs of a cluster (server -> launch.jobs)."""
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+from cluster import environment
 from launch import recipe as recipes
 from launch import runner
 from launch.jobs import Job, JobExistsError, Jobs, UnknownJobError
@@ -19,8 +18,9 @@ class Cluster(Protocol):
 
         Raises:
             NoAnswerError: the cluster cannot be reached; perhaps it has the job nevertheless.
+            RefusedError: it does not accept our token.
             StageFailure: the cluster failed.
-            UserError: the recipe is wrong, or the cluster refuses us.
+            UserError: the recipe is wrong.
         """
         ...
 
@@ -29,8 +29,8 @@ class Cluster(Protocol):
 
         Raises:
             NoAnswerError: the cluster cannot be reached.
+            RefusedError: it does not accept our token.
             StageFailure: the cluster failed.
-            UserError: the cluster refuses us.
         """
         ...
 
@@ -40,7 +40,7 @@ class RayJobs:
 
     def submit(self, schedule: Schedule, job_id: str) -> None:
         """Submit a run, unless the cluster has it already."""
-        with _set(schedule.variables), contextlib.suppress(JobExistsError):
+        with environment.changed(schedule.variables), contextlib.suppress(JobExistsError):
             recipe = recipes.load(schedule.recipe, schedule.assignments)
             runner.chosen_steps(recipe, schedule.selection)
             Jobs(schedule.address).submit(
@@ -57,18 +57,3 @@ class RayJobs:
             return Jobs(schedule.address).get(job_id)
         except UnknownJobError:
             return None
-
-
-@contextlib.contextmanager
-def _set(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have environment variables for the length of the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -7,6 +7,7 @@ time: every hour that there is, once.
 """
 
 import datetime
+import re
 import zoneinfo
 from collections.abc import Iterator
 
@@ -44,6 +45,27 @@ def check(cron: str, timezone: str) -> None:
         raise UserError(
             f"--cron {cron!r} never comes: no such day is in those months. Correct "
             f"day-of-month or month."
+        )
+
+
+def check_for_kubernetes(cron: str) -> None:
+    """Refuse what Kubernetes' CronJob does not read, or reads as other times (robfig/cron, v3).
+
+    Raises:
+        UserError: naming the field.
+    """
+    day, week = cron.upper().split()[2::2]
+    trouble = ""
+    if "L" in day or "L" in week or "#" in week:
+        trouble = "L and # are forms of this server alone"
+    elif "7" in re.findall(r"\d+", re.sub(r"/\d+", "", week)) or re.search(r"(^|,)\w+/", week):
+        trouble = "its days of the week end at 6. Write 0 for Sunday, 1-6/2 for 1/2"
+    elif "*" not in (day, week) and "*" in day + week:
+        trouble = "it takes either of two limited days, also where one is made of *"
+    if trouble:
+        raise UserError(
+            f"--cron {cron!r} cannot be a CronJob's: {trouble}. Change it with --replace, or have "
+            f"it served: python -m launch schedule serve"
         )
 
 

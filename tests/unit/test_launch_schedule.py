@@ -16,7 +16,7 @@ from alignrec.testing.processes import free_port
 from launch.jobs import JobExistsError
 from launch.recipe import Recipe
 from launch.schedule import definition, submitting, timetable
-from launch.schedule.store import Entry, Folder
+from launch.schedule.store import Entry, Folder, State, stamp
 
 UTC = datetime.UTC
 BERLIN = "Europe/Berlin"
@@ -234,6 +234,15 @@ def test_variables_of_the_recipe_are_remembered(
         (["demo", "--timezone", "Berlin"], "Did you mean Europe/Berlin?"),
         (["demo", "--retries", "-1"], "schedule.retries=-1 is out of range"),
         (["demo", "--deadline", "0"], "schedule.deadline=0"),
+        (["demo", "--deadline", "inf"], "schedule.deadline=inf"),
+        (
+            ["demo", "--retry-wait", "1e15"],
+            "schedule.retry_wait=1000000000000000.0 is out of range",
+        ),
+        (["demo", "--retry-wait", "nan"], "not a number"),
+        (["demo", "--address", "http://[::1"], "Write it as http://HOST:8265"),
+        (["demo", "--address", "http://ray:port"], "Write it as http://HOST:8265"),
+        (["demo", "--set", "align.seed=2026-13-45"], "not valid YAML"),
         (["demo", "--keep-history", "0"], "schedule.keep_history=0"),
         (["demo", "--address", "ray:8265"], "Write it as http://HOST:8265"),
         (["demo", "--folder", "/proc/nowhere"], "/proc/nowhere cannot be used"),
@@ -325,12 +334,13 @@ def test_a_folder_that_is_a_file_is_one_line(
 def test_one_server_serves_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     folder = Folder()
     with folder.served():
-        schedule_command("serve", code=2)
+        schedule_command("serve", code=1)
         error = capsys.readouterr().err
         assert "are served by process" in error
         assert error.count("\n") == 1
     assert folder.server() is None
-    schedule_command("serve", "--every", "0", code=2)
+    for every in ("0", "nan", "inf"):
+        schedule_command("serve", "--every", every, code=2)
 
 
 def test_a_cron_job_has_what_the_server_would_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,10 +364,89 @@ def test_a_cron_job_has_what_the_server_would_do(capsys: pytest.CaptureFixture[s
     }
     assert job["backoffLimit"] == 2
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
-    command = job["template"]["spec"]["containers"][0]["command"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert {"name": "ALIGNREC_DIRECTORY", "value": str(Path.cwd())} in container["env"]
+    command = container["command"]
     assert command[:3] == ["python", "-m", "launch"]
     assert launch_command.main(command[3:]) == 2  # understood: only the cluster is missing
     assert f"no Ray cluster answers at {address}" in capsys.readouterr().err
+
+
+def test_a_recipe_of_ones_own_is_somewhere_in_the_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("data_prep: {source: synthetic}")
+    add("mine.yaml", "--address", "http://ray:8265")
+    render = ["render", "kubernetes", "nightly", "--image", "registry/alignrec:1"]
+    for wrong in ([], ["--recipe-path", "mine.yaml"], ["--recipe-path", "/recipes/mine"]):
+        capsys.readouterr()
+        schedule_command(*render, *wrong, code=2)
+        assert "--recipe-path" in capsys.readouterr().err
+    schedule_command(*render, "--recipe-path", "/recipes/mine.yaml")
+    pod = yaml.safe_load(capsys.readouterr().out)["spec"]["jobTemplate"]["spec"]["template"]
+    assert pod["spec"]["containers"][0]["command"][4] == "/recipes/mine.yaml"
+    add("demo", "--address", "http://ray:8265", "--replace")
+    schedule_command(*render, "--recipe-path", "/recipes/mine.yaml", code=2)
+    assert "Leave it out" in capsys.readouterr().err
+
+
+def test_relative_paths_start_where_a_manifest_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Path] = []
+
+    class Jobs:
+        address = "http://ray:8265"
+
+        def __init__(self, address: str | None) -> None:
+            pass
+
+        def submit(self, *arguments: Any, directory: Path) -> str:
+            seen.append(directory)
+            return "job"
+
+    monkeypatch.setattr(launch_command, "Jobs", Jobs)
+    assert launch_command.main(["submit", "demo"]) == 0
+    monkeypatch.setenv("ALIGNREC_DIRECTORY", "/data")
+    assert launch_command.main(["submit", "demo"]) == 0
+    assert seen == [Path.cwd(), Path("/data")]
+
+
+@pytest.mark.parametrize(
+    "cron", ["0 3 * * 0", "*/7 3 1-5/2 JAN mon,5-6", "0 3 * 7 */7", "7 7 7 * *"]
+)
+def test_crons_that_kubernetes_reads_alike(cron: str) -> None:
+    timetable.check_for_kubernetes(cron)
+
+
+@pytest.mark.parametrize(
+    ("cron", "fault"),
+    [
+        ("0 3 L * *", "L and #"),
+        ("0 3 LW * *", "L and #"),
+        ("0 3 * * 5L", "L and #"),
+        ("0 3 * * MON#2", "L and #"),
+        ("0 3 * * 7", "Write 0"),
+        ("0 3 * * 1,5-7", "Write 0"),
+        ("0 3 * * 1/2", "1-6/2"),
+        ("0 3 */2 * MON", "two limited days"),
+        ("0 3 1 * */2", "two limited days"),
+    ],
+)
+def test_crons_that_kubernetes_reads_otherwise_are_refused(cron: str, fault: str) -> None:
+    timetable.check(cron, "UTC")
+    with pytest.raises(UserError, match=fault):
+        timetable.check_for_kubernetes(cron)
+
+
+def test_the_next_time_is_one_that_is_not_decided_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    add("demo")
+    folder = Folder()
+    schedule = folder.read("nightly")
+    ahead = datetime.datetime.now(UTC) + datetime.timedelta(days=3)
+    folder.write_state(schedule, State(stamp(ahead)))
+    (row,) = listed(capsys)["schedules"]
+    assert datetime.datetime.fromisoformat(row["next"]) > ahead
 
 
 @pytest.mark.parametrize(

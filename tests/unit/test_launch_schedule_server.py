@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from alignrec.errors import StageFailure, UserError
-from launch.jobs import Job, NoAnswerError
+from launch.jobs import Job, NoAnswerError, RefusedError
 from launch.schedule import definition
 from launch.schedule.definition import Schedule
 from launch.schedule.serving import Server
@@ -30,11 +31,16 @@ class Cluster:
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
         self.trouble: Exception | None = None
+        self.mistake: UserError | None = None
+        self.strict = False
         self.submissions = Counter[str]()
 
     def submit(self, schedule: Schedule, job_id: str) -> None:
-        if self.trouble is not None:
-            raise self.trouble
+        for error in (self.mistake, self.trouble):  # the recipe is read before the cluster is asked
+            if error is not None:
+                raise error
+        if self.strict and job_id in self.jobs:
+            pytest.fail(f"{job_id} was submitted twice")
         if job_id not in self.jobs:
             self.submissions[job_id] += 1
             self.jobs[job_id] = Job(job_id, "running", "", None, None, "", None)
@@ -230,21 +236,24 @@ def test_a_job_lost_with_its_cluster_is_tried_again(make: Callable[..., World]) 
 
 def test_a_recipe_that_broke_is_a_failed_run(make: Callable[..., World]) -> None:
     world = make(retries=3)
-    world.cluster.trouble = UserError("align.sed is not a setting")
+    world.cluster.mistake = UserError("align.sed is not a setting")
     world.at(1)
     world.at(1, 1)
     (entry,) = world.folder.history("hourly")
     assert (entry.outcome, entry.exit_code, entry.reason) == (
         "failed",
         2,
-        str(world.cluster.trouble),
+        str(world.cluster.mistake),
     )
-    world.cluster.trouble = None
+    world.cluster.mistake = None
     world.at(2)
     assert world.submitted == ["020000"]
 
 
-@pytest.mark.parametrize("trouble", [NoAnswerError("nobody answers"), StageFailure("no agent")])
+@pytest.mark.parametrize(
+    "trouble",
+    [NoAnswerError("nobody answers"), RefusedError("wrong token"), StageFailure("no agent")],
+)
 def test_a_cluster_that_is_down_gets_the_run_when_it_is_back(
     trouble: Exception, make: Callable[..., World]
 ) -> None:
@@ -328,6 +337,196 @@ def test_a_removed_schedule_rests_and_a_damaged_one_does_not_stop_others(
     assert len(world.cluster.jobs) == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("hourly.json", b"{"),
+        ("hourly.json", b'{"name": "\xff"}'),
+        ("hourly.history.jsonl", b'\xff\xfe\n{"time": 3}\n'),
+        ("hourly.state.json", b'{"decided": "yesterday"}'),
+        ("hourly.state.json", b'{"decided": "2026-01-10T00:00:00"}'),
+        ("hourly.asked.json", b'{"time": "soon"}'),
+        ("hourly.asked.json", b"[1]"),
+    ],
+)
+def test_a_damaged_file_stops_no_other_schedule(
+    file: str, content: bytes, make: Callable[..., World]
+) -> None:
+    world = make()
+    world.folder.write(dataclasses.replace(world.schedule, name="other"))
+    (world.folder.path / file).write_bytes(content)
+    world.at(1)
+    assert "other-20260110-010000-ab" in world.cluster.jobs
+    world.cluster.end()
+    world.at(1, 1)
+    assert len(world.folder.history("other")) == 1
+    if file != "hourly.json":  # what is left is enough
+        assert world.history == [("01:00", "succeeded")]
+
+
+def test_what_nobody_foresaw_stops_no_other_schedule(make: Callable[..., World]) -> None:
+    world = make(name="first")
+    world.folder.write(dataclasses.replace(world.schedule, name="second"))
+    world.folder.remove("hourly")
+    submit = world.cluster.submit
+
+    def surprise(schedule: Schedule, job_id: str) -> None:
+        if schedule.name == "first":
+            raise KeyError("ray_version")
+        submit(schedule, job_id)
+
+    world.cluster.submit = surprise  # type: ignore[method-assign]
+    world.at(1)
+    world.at(1, 1)
+    assert list(world.cluster.jobs) == ["second-20260110-010000-ab"]
+    assert [line for line in world.lines if "first: KeyError: 'ray_version'" in line] == [
+        world.lines[0]
+    ]
+
+
+def test_a_running_job_whose_recipe_broke_before_it_was_recorded_goes_on(
+    make: Callable[..., World],
+) -> None:
+    world = make()
+    world.cluster.trouble = NoAnswerError("the answer got lost")
+    world.at(1)
+    world.cluster.trouble = None
+    world.cluster.submit(world.schedule, "hourly-20260110-010000-ab")
+    world.cluster.mistake = UserError("align.sed is not a setting")
+    world.at(1, 1)
+    assert world.history == []
+    assert world.state.active is not None
+    assert world.state.active.phase == "running"
+
+
+def test_retries_end_with_the_deadline(make: Callable[..., World]) -> None:
+    world = make(cron="0 1 * * *", deadline=600, retries=3, retry_wait=60)
+    world.at(1)
+    world.cluster.end("failed", 1)
+    world.at(1, 1)
+    world.cluster.trouble = NoAnswerError("nobody answers")
+    world.at(1, 2)
+    world.at(1, 5)
+    world.cluster.trouble = None
+    world.at(1, 10, 1)
+    world.at(2)
+    assert world.submitted == ["010000"]
+    assert world.history == [("01:00", "failed")]
+    assert "no further attempt" in world.lines[-1]
+    assert "more than 600 s late" in world.lines[-1]
+
+
+def test_what_is_lost_after_the_deadline_is_not_tried_again(make: Callable[..., World]) -> None:
+    world = make(cron="0 1 * * *", deadline=600, retries=3)
+    world.at(1)
+    world.cluster.jobs.clear()
+    world.at(1, 9, 30)  # the next attempt would begin after the deadline
+    world.at(1, 9, 59)
+    world.at(3)
+    assert world.submitted == []
+    assert world.history == [("01:00", "lost")]
+
+
+@pytest.mark.parametrize("looks", [[(1, 50), (2, 0)], [(2, 0)], [(1, 50), (1, 55), (2, 0)]])
+def test_a_retry_gives_way_to_a_newer_time(
+    looks: list[tuple[int, int]], make: Callable[..., World]
+) -> None:
+    world = make(retries=3, retry_wait=1200)
+    world.at(1)
+    world.cluster.end("failed", 1)
+    for look in looks:
+        world.at(*look)
+    assert world.submitted == ["010000", "020000"]
+    assert world.history == [("01:00", "failed")]
+
+
+def test_a_retry_gives_way_to_what_is_queued(make: Callable[..., World]) -> None:
+    world = make(retries=3, on_overlap="queue")
+    world.at(1)
+    world.at(2)
+    world.cluster.end("failed", 1)
+    world.at(2, 10)
+    assert world.submitted == ["010000", "020000"]
+
+
+def test_a_clock_that_was_ahead_disables_nothing(make: Callable[..., World]) -> None:
+    world = make(retries=1)
+    world.now = START.replace(year=2031)
+    world.server.look()
+    world.cluster.end("failed", 1)
+    world.server.look()  # the next attempt is due in 2031
+    world.folder.write(dataclasses.replace(world.schedule, added=stamp(world.now)))
+    world.lines.clear()
+    world.at(0, 40)
+    assert "the clock was ahead" in world.lines[0]
+    assert list(world.cluster.jobs)[-1].endswith("-2")
+    world.cluster.end()
+    world.at(0, 50)
+    world.at(1, 0)
+    assert world.submitted[-1] == "010000"
+    assert len([line for line in world.lines if "the clock was ahead" in line]) == 1
+
+
+def test_a_clock_that_was_behind_runs_nothing_twice(make: Callable[..., World]) -> None:
+    world = make(added="2025-01-01T00:00:00+00:00")
+    world.at(1)
+    world.cluster.end()
+    world.at(1, 1)
+    world.now = START.replace(year=1970)  # as before a first answer of a time server
+    world.server.look()
+    world.at(1, 2)
+    world.cluster.jobs.clear()  # the machine's cluster started anew, too
+    world.at(1, 3)
+    assert world.submitted == []
+    assert ("01:00", "succeeded") in world.history
+    world.at(2)
+    assert world.submitted == ["020000"]
+
+
+@pytest.mark.parametrize("file", ["hourly.state.json", "hourly.history.jsonl"])
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_taken_for_none(
+    file: str, make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make()
+    world.at(1)
+    world.cluster.end()
+    world.at(1, 1)
+    world.at(2)
+    world.cluster.end()
+    before = (world.state, world.history)
+    read = Path.read_text
+
+    def stale(path: Path, *arguments: Any, **options: Any) -> str:
+        if path.name == file:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        world.at(2, 1)
+        world.at(2, 2)
+    assert (world.state, world.history) == before
+    assert len([line for line in world.lines if "Stale file handle" in line]) == 1
+    world.at(2, 3)
+    assert world.history == [("01:00", "succeeded"), ("02:00", "succeeded")]
+
+
+def test_a_state_that_was_lost_does_not_rewrite_the_history(make: Callable[..., World]) -> None:
+    world = make()
+    for hour in (1, 2, 3):
+        world.at(hour)
+        world.cluster.end("failed" if hour == 2 else "succeeded", hour == 2)
+        world.at(hour, 1)
+    before = world.folder.history("hourly")
+    (world.folder.path / "hourly.state.json").unlink()
+    world.at(3, 2)
+    assert world.folder.history("hourly") == before
+    assert world.submitted == ["010000", "020000", "030000"]
+    skipped = dataclasses.replace(before[0], outcome="skipped")
+    world.folder.record(world.schedule, skipped)
+    assert world.folder.history("hourly") == before
+
+
 def story(world: World) -> None:
     """Two days' worth of everything: success, overlap, failure, retry, silence, a request."""
     world.at(1)
@@ -349,6 +548,15 @@ def story(world: World) -> None:
     world.at(6, 10)
     world.cluster.end()
     world.at(6, 20)
+    world.at(7)
+    world.cluster.end("failed", 1)
+    world.at(7, 1)
+    world.cluster.trouble = NoAnswerError("nobody answers")
+    world.at(7, 2)
+    world.cluster.trouble = None
+    world.at(7, 3)
+    world.cluster.end()
+    world.at(7, 4)
 
 
 EFFECTS = ("write_state", "record", "forget_asked")
@@ -362,6 +570,7 @@ def test_a_kill_at_any_effect_changes_nothing(
     def lived(kill_at: int | None) -> tuple[World, int]:
         """Live through the story; the server dies before or after one effect and starts again."""
         world = World(tmp_path / str(kill_at), on_overlap="queue", retries=2)
+        world.cluster.strict = True
         count = 0
 
         def mortal(effect: Callable[..., Any]) -> Callable[..., Any]:
@@ -401,6 +610,7 @@ def test_a_kill_at_any_effect_changes_nothing(
     assert effects > 40
     expected = undisturbed.folder.history("hourly")
     assert {entry.outcome for entry in expected} >= {"succeeded", "failed", "skipped"}
+    assert {entry.attempt for entry in expected} == {1, 2}
     for kill_at in range(effects):
         world, _ = lived(kill_at)
         assert set(world.cluster.submissions.values()) == {1}, kill_at
