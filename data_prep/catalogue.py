@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alignrec.artifacts import write_json
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 from data_prep import sorting
 from data_prep.config import ItemColumns
 from data_prep.locations import RawFile
@@ -145,6 +145,7 @@ def write_chunks(
     files: Sequence[RawFile],
     columns: ItemColumns,
     *,
+    keys: Keys,
     numbers: Ints,
     removed: pa.Table,
     folder: Path,
@@ -157,17 +158,21 @@ def write_chunks(
     Args:
         files: the item table.
         columns: column mapping.
+        keys: what the first pass read.
         numbers: (num_rows,) item_index of each row of the table, -1 for rows that do not stay.
         removed: item_index and item_key of removed items, which get a row without content.
         folder: receives the chunks; a finished copy is not made again.
         max_rows: item_index in every chunk but the last.
+
+    Raises:
+        StageFailure: the table is not what the first pass read.
     """
     mark = folder / "done.json"
     if mark.exists():
         return int(json.loads(mark.read_text())["num_chunks"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    rows = _rows(files, columns, numbers)
+    rows = _rows(files, columns, keys, numbers)
     present = numbers[numbers >= 0]
     if not len(removed) and bool(np.all(np.diff(present) > 0)):
         chunks = _rechunk(rows, max_rows)
@@ -208,10 +213,48 @@ def row_details(rows: npt.NDArray[np.int64]) -> pa.Array:
     return pc.binary_join_element_wise("row", pa.array(rows + 1).cast(pa.string()), " ")
 
 
-def _rows(files: Sequence[RawFile], columns: ItemColumns, numbers: Ints) -> Iterator[pa.Table]:
+def _as_before(
+    batches: Iterator[pa.Table], column: str, keys: Keys, files: Sequence[RawFile]
+) -> Iterator[pa.Table]:
+    """Yield the batches of the second pass, row for row what the first one read.
+
+    Raises:
+        StageFailure: a file was replaced in between.
+    """
+    num_rows = num_good = 0
+    is_same = True
+    for batch in batches:
+        is_good = keys.is_good[num_rows : num_rows + len(batch)]
+        expected = keys.good.slice(num_good, int(is_good.sum()))
+        num_rows += len(batch)
+        num_good += len(expected)
+        is_same = len(is_good) == len(batch)
+        if is_same:
+            found = batch[column].filter(pa.array(is_good)).cast(keys.good.type)
+            is_same = found.equals(pa.chunked_array([expected]))
+        if not is_same:
+            break
+        yield batch
+    if not is_same or num_rows != len(keys.is_good):
+        raise changed(f"{files[0].url}: the item table")
+
+
+def changed(what: str) -> StageFailure:
+    """Return the failure of a run whose raw data did not stay what it was."""
+    return StageFailure(
+        f"{what} changed while it was read, so items, numbers and interactions would not belong "
+        f"together. Nothing was published: run the same command again when it is complete, and "
+        f"have it replaced by rename."
+    )
+
+
+def _rows(
+    files: Sequence[RawFile], columns: ItemColumns, keys: Keys, numbers: Ints
+) -> Iterator[pa.Table]:
     """Yield the items' rows with the columns that a shard task expects."""
     start = 0
-    for batch in read_batches(files, _all_columns(columns), []):
+    batches = read_batches(files, _all_columns(columns), [])
+    for batch in _as_before(batches, columns.key, keys, files):
         index = numbers[start : start + len(batch)]
         start += len(batch)
         kept = batch.filter(pa.array(index >= 0))

@@ -92,6 +92,18 @@ def source_state(reference: str, rules: ImageRules) -> str:
         return UNKNOWN
 
 
+def web_address(reference: str, rules: ImageRules) -> str | None:
+    """Return the http(s) address of a reference; None where it has none or one that is forbidden."""
+    try:
+        location = resolve(reference, rules)
+        if _scheme(location) not in SCHEMES:
+            return None
+        parse(location, _policy(rules))
+    except BadImage:
+        return None
+    return location
+
+
 def resolve(reference: str, rules: ImageRules) -> str:
     """Return the absolute path or URL of a reference.
 

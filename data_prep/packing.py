@@ -16,8 +16,9 @@ from data_prep import engine
 from data_prep.config import DataPrepConfig
 from data_prep.quarantine import Quarantine, column_table
 from data_prep.reuse import CHUNKS, Chunk
-from data_prep.shards import TABLES, ShardPlan, write_shard
+from data_prep.shards import TABLES, ShardPlan, may_become_better, take_back, write_shard
 from data_prep.statistics import Tally
+from data_prep.tars import SHARDS
 
 # A night in which little changed is done in less time than Ray takes to start.
 _ALONE_SECONDS = 10.0
@@ -31,7 +32,7 @@ class Packed:
         chunks: all of them, in order.
         tally: statistics of all samples.
         num_linked: chunks whose shard is that of the version before.
-        num_kept: pictures in other chunks that the version before had.
+        num_kept: pictures in other chunks that the version before, or a stopped run, had.
         num_fetched: pictures that were read and prepared.
     """
 
@@ -56,7 +57,7 @@ def make_shards(
     telemetry: Telemetry,
     check: Callable[[int, int], None],
 ) -> Packed:
-    """Make the shards that are not done.
+    """Make the shards that are not done, and those with bad pictures that may be good by now.
 
     Args:
         plan: what the tasks share.
@@ -67,6 +68,7 @@ def make_shards(
         check: called with the numbers of bad pictures and of finished items after every shard;
             raises when hours more would be wasted.
     """
+    _take_back_bad(plan, num_chunks, telemetry)
     done = [chunk for chunk in range(num_chunks) if plan.is_done(chunk)]
     left = [chunk for chunk in range(num_chunks) if not plan.is_done(chunk)]
     if done:
@@ -95,8 +97,15 @@ def make_shards(
 
 
 def join_tables(plan: ShardPlan, chunks: Iterable[Chunk], draft: Draft) -> None:
-    """Write the tables of all chunks in item_index order, a row group a chunk."""
+    """Write the tables of all chunks in item_index order, a row group a chunk.
+
+    Shards of attempts that came out differently are dropped: they are no part of the dataset.
+    """
     listed = list(chunks)
+    named = {chunk.shard for chunk in listed}
+    for path in (draft.path / SHARDS).glob("*.tar"):
+        if f"{SHARDS}/{path.name}" not in named:
+            path.unlink()
     for name, kind in TABLES.items():
         with pq.ParquetWriter(draft.path / f"{name}.parquet", kind) as writer:
             for chunk in listed:
@@ -128,6 +137,16 @@ def list_bad_pictures(plan: ShardPlan, chunks: Iterable[Chunk], quarantine: Quar
 def finished_chunks(plan: ShardPlan, num_chunks: int) -> list[Chunk]:
     """Return the chunks that are done so far."""
     return [plan.read_done(chunk)[0] for chunk in range(num_chunks) if plan.is_done(chunk)]
+
+
+def _take_back_bad(plan: ShardPlan, num_chunks: int, telemetry: Telemetry) -> None:
+    """Have chunks made again whose bad pictures may be good by now: an outage may be over."""
+    finished = [chunk for chunk in range(num_chunks) if plan.is_done(chunk)]
+    better = [chunk for chunk in finished if may_become_better(chunk, plan)]
+    for chunk in better:
+        take_back(chunk, plan)
+    if better:
+        telemetry.say(f"bad pictures of {len(better)} finished shards are tried again")
 
 
 class _Watch:

@@ -13,7 +13,7 @@ from data_prep import fetching, images
 from data_prep.fetching import Fetcher
 from data_prep.images import BadImage, ImageRules, Picture
 from data_prep.quarantine import Reason
-from data_prep.reuse import Base, source_digest, state_of_bytes
+from data_prep.reuse import Attempt, Base, source_digest, state_of_bytes
 
 IMAGE = "image"
 IMAGE_BYTES = "image_bytes"
@@ -43,8 +43,9 @@ class Loaded:
 
     Attributes:
         verdict: the picture, why there is none, or None where the item names none.
-        source: what a next version compares; empty without a picture and after a passing failure.
-        is_kept: the version before had it.
+        source: what a next version compares; empty without a picture and after a failure that may
+            pass without leaving a trace in the source.
+        is_kept: the version before, or a run of this one that was stopped, had it.
     """
 
     verdict: Verdict
@@ -67,7 +68,9 @@ def sources(rows: pa.Table, rules: PictureRules) -> list[str]:
         state = fetching.source_state(reference, rules.images)
         if state == fetching.UNKNOWN:
             return _UNSURE
-        return source_digest(preparation, rules.revision, state, reference)
+        # An address has no state, so all of it says which picture is meant: the root too.
+        place = reference if state else fetching.resolve(reference, rules.images)
+        return source_digest(preparation, rules.revision, state, place)
 
     positions = range(len(references))
     if "://" not in rules.images.root and not any("://" in name for name in references if name):
@@ -77,9 +80,9 @@ def sources(rows: pa.Table, rules: PictureRules) -> list[str]:
 
 
 class Earlier:
-    """The pictures that the version before has of a range of items."""
+    """The pictures that the version before, or a stopped run, has of a range of items."""
 
-    def __init__(self, base: Base, first: int, end: int) -> None:
+    def __init__(self, base: Base | Attempt, first: int, end: int) -> None:
         self._base = base
         self._samples = _by_item(base.rows("samples", first, end))
         self._pictures = _by_item(base.rows("pictures", first, end))
@@ -112,7 +115,7 @@ class Earlier:
         return self._content
 
 
-def read_verified(base: Base, shard: str) -> bytes | None:
+def read_verified(base: Base | Attempt, shard: str) -> bytes | None:
     """Return the bytes of a base's shard, None where they are not what its checksum says."""
     known = base.chunk_of(shard)
     try:
@@ -173,14 +176,17 @@ def _begin(
     if content is not None:
         return lambda: _prepared(content, source, rules)
     reading = pool.submit(fetcher.read, row[IMAGE])
-    return lambda: _fetched(reading, source, rules)
+    # What a web host answers instead of a picture says nothing of its next answer.
+    is_lasting = fetching.web_address(row[IMAGE], rules) is None
+    return lambda: _fetched(reading, source, rules, is_lasting=is_lasting)
 
 
-def _fetched(reading: Future[bytes], source: str, rules: ImageRules) -> Loaded:
+def _fetched(reading: Future[bytes], source: str, rules: ImageRules, *, is_lasting: bool) -> Loaded:
     try:
-        return _prepared(reading.result(), source, rules)
+        data = reading.result()
     except BadImage as verdict:
-        return _judged(verdict, source)
+        return _judged(verdict, source if is_lasting else "")
+    return _prepared(data, source, rules)
 
 
 def _prepared(data: bytes, source: str, rules: ImageRules) -> Loaded:

@@ -140,6 +140,7 @@ class _Preparation:
         num_chunks = catalogue.write_chunks(
             item_files,
             config.items.columns,
+            keys=keys,
             numbers=_numbers_of_rows(keys.is_good, numbers),
             removed=removed,
             folder=plan.chunk_path(0).parent,

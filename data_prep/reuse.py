@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,30 @@ class Base:
         if table not in self._tables:
             self._tables[table] = _RangedTable(self.folder / f"{table}.parquet")
         return self._tables[table].rows(first, end)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A chunk as a run that was stopped made it: like a base, but of this chunk alone.
+
+    Attributes:
+        folder: the draft, which has the shard.
+        made: the chunk.
+        parts: name of a table -> its rows of the chunk.
+    """
+
+    folder: Path
+    made: Chunk
+    parts: Mapping[str, Path]
+
+    def chunk_of(self, shard: str) -> Chunk | None:
+        """Return the chunk if the shard is its."""
+        return self.made if shard == self.made.shard else None
+
+    def rows(self, table: str, first: int, end: int) -> pa.Table:
+        """Return the rows of a table; items ``first`` to ``end`` are all of the chunk."""
+        assert (first, end) == (self.made.first_item, self.made.first_item + self.made.num_items)
+        return pq.read_table(self.parts[table])
 
 
 def open_base(folder: Path) -> Base:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alignrec.artifacts import write_json
 from alignrec.data import schema
 from data_prep import pictures, texts
 from data_prep.images import BadImage, Picture
-from data_prep.pictures import IMAGE_BYTES, Earlier, Loaded, PictureRules
+from data_prep.pictures import IMAGE, IMAGE_BYTES, Earlier, Loaded, PictureRules
 from data_prep.quarantine import clean_detail
-from data_prep.reuse import PICTURES, Base, Chunk, chunk_digest, open_base
+from data_prep.reuse import PICTURES, Attempt, Base, Chunk, chunk_digest, open_base
 from data_prep.statistics import Tally
 from data_prep.tars import SHARDS, FinishedTar, Placed, TarWriter
 
@@ -95,6 +97,19 @@ class ShardPlan:
         """Return the tables of the version before."""
         return None if self.base is None else open_base(self.base)
 
+    def taken_back_path(self, chunk: int, name: str) -> Path:
+        """Return where a file of a chunk lies that was finished and is made again."""
+        return self.work / "again" / f"{chunk:06d}.{name}"
+
+    def taken_back(self, chunk: int) -> Attempt | None:
+        """Return what a chunk had before ``take_back``."""
+        mark = self.taken_back_path(chunk, "json")
+        if not mark.exists():
+            return None
+        made = Chunk(**json.loads(mark.read_text())["chunk"])
+        parts = {name: self.taken_back_path(chunk, f"{name}.parquet") for name in TABLES}
+        return Attempt(self.artifact, made, parts)
+
 
 def write_shard(row: Mapping[str, Any], plan: ShardPlan) -> dict[str, Any]:
     """Make the shard of one chunk, or share that of the base, unless that is done already.
@@ -119,6 +134,36 @@ def write_shard(row: Mapping[str, Any], plan: ShardPlan) -> dict[str, Any]:
     return plan.read_done(number)[1]
 
 
+def may_become_better(number: int, plan: ShardPlan) -> bool:
+    """Say whether a picture that was bad when a chunk was finished may be good by now."""
+    chunk, _ = plan.read_done(number)
+    if not chunk.num_bad_images:
+        return False
+    listed = plan.read_part(chunk, "pictures")
+    bad = listed.filter(pc.not_equal(listed["reason"], ""))
+    before = bad["source"].to_pylist()
+    if "" in before:
+        return True
+    columns = ["item_index", IMAGE, IMAGE_BYTES]
+    rows = pq.read_table(plan.chunk_path(number), columns=columns)
+    rows = rows.filter(pc.is_in(rows["item_index"], bad["item_index"]))
+    return pictures.sources(rows, plan.pictures) != before
+
+
+def take_back(number: int, plan: ShardPlan) -> None:
+    """Make a finished chunk unfinished; its good pictures are used again like those of a base."""
+    mark = plan.taken_back_path(number, "json")
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.unlink(missing_ok=True)
+    if not plan.part_path(number, "items").exists():  # linked: the base has all of it
+        plan.done_path(number).unlink()
+        return
+    for name in TABLES:
+        copy = plan.taken_back_path(number, f"{name}.parquet")
+        shutil.copyfile(plan.part_path(number, name), copy)
+    plan.done_path(number).replace(mark)
+
+
 def _share_chunk(
     number: int, rows: pa.Table, sources: list[str], plan: ShardPlan, damaged: list[str]
 ) -> bool:
@@ -130,6 +175,8 @@ def _share_chunk(
     if known.shard and not _share_shard(base, known, plan.artifact / known.shard):
         damaged.append(known.shard)
         return False
+    for name in TABLES:  # of a stopped attempt, whose rows may be others
+        plan.part_path(number, name).unlink(missing_ok=True)
     _write_done(plan, known, linked=True)
     return True
 
@@ -174,7 +221,8 @@ def _make_chunk(
     listed = rows.to_pylist()
     base = plan.open_base()
     first, end = listed[0]["item_index"], listed[-1]["item_index"] + 1
-    earlier = None if base is None or not any(sources) else Earlier(base, first, end)
+    source = plan.taken_back(number) or base
+    earlier = None if source is None or not any(sources) else Earlier(source, first, end)
     parts = _Parts()
     with TarWriter(plan.artifact / SHARDS) as tar:
         for row, loaded in zip(

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from alignrec.errors import StageFailure
 from data_prep import catalogue, locations, sorting
 from data_prep.catalogue import Numbering
 from data_prep.config import ItemColumns
+from data_prep.quarantine import Quarantine
 
 COLUMNS = ItemColumns(text=("brand",), image=None)
 
@@ -66,6 +68,10 @@ def test_numbers_never_change_over_any_history() -> None:
         earlier = sorted(number_of, key=lambda key: number_of[key])
 
 
+def read_keys(files: list[locations.RawFile]) -> catalogue.Keys:
+    return catalogue.read_keys(files, COLUMNS, Quarantine())
+
+
 def write_table(folder: Path, keys: list[str]) -> list[locations.RawFile]:
     rows = {"item_id": keys, "title": [f"title {k}" for k in keys], "brand": keys}
     pq.write_table(pa.table(rows), folder / "items.parquet", row_group_size=7)
@@ -90,8 +96,8 @@ def test_chunks_are_ranges_of_numbers_whatever_the_order_of_the_table(
     files = write_table(tmp_path, [*keys, "not kept"])
     removed = pa.table({"item_index": gone, "item_key": [f"k{number}" for number in gone]})
     num_chunks = catalogue.write_chunks(
-        files, COLUMNS, numbers=np.append(numbers[6:], -1), removed=removed,
-        folder=tmp_path / "chunks", max_rows=max_rows,
+        files, COLUMNS, keys=read_keys(files), numbers=np.append(numbers[6:], -1),
+        removed=removed, folder=tmp_path / "chunks", max_rows=max_rows,
     )  # fmt: skip
     chunks = read_chunks(tmp_path / "chunks", num_chunks)
     assert [len(chunk) for chunk in chunks[:-1]] == [max_rows] * (num_chunks - 1)
@@ -113,7 +119,7 @@ def test_a_table_in_the_order_of_its_numbers_gives_the_same_chunks_without_sorti
 
     def chunks(name: str) -> list[list[dict[str, Any]]]:
         num_chunks = catalogue.write_chunks(
-            files, COLUMNS, numbers=np.arange(20), removed=nothing,
+            files, COLUMNS, keys=read_keys(files), numbers=np.arange(20), removed=nothing,
             folder=tmp_path / name, max_rows=6,
         )  # fmt: skip
         return read_chunks(tmp_path / name, num_chunks)
@@ -130,9 +136,28 @@ def test_what_a_kill_left_of_the_chunks_is_made_again(tmp_path: Path) -> None:
     (folder / "sorting").mkdir(parents=True)
     (folder / "000007.parquet").write_bytes(b"torn")
     num_chunks = catalogue.write_chunks(
-        files, COLUMNS, numbers=np.array([1, 0]), removed=gone, folder=folder, max_rows=2
-    )
+        files, COLUMNS, keys=read_keys(files), numbers=np.array([1, 0]), removed=gone,
+        folder=folder, max_rows=2,
+    )  # fmt: skip
     assert num_chunks == 2
     assert sorted(p.name for p in folder.iterdir()) == [
         "000000.parquet", "000001.parquet", "done.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "later", [["b", "a", "c"], ["a", "b"], ["a", "b", "c", "d"], ["a", "b", "b"]]
+)
+def test_a_table_that_is_replaced_between_the_passes_is_noticed(
+    tmp_path: Path, later: list[str]
+) -> None:
+    files = write_table(tmp_path, ["a", "b", "c"])
+    keys = read_keys(files)
+    files = write_table(tmp_path, later)
+    nothing = pa.table({"item_index": pa.array([], pa.int64()), "item_key": pa.array([], "string")})
+    with pytest.raises(StageFailure, match=r"items\.parquet: the item table changed while it was"):
+        catalogue.write_chunks(
+            files, COLUMNS, keys=keys, numbers=np.arange(3), removed=nothing,
+            folder=tmp_path / "chunks", max_rows=2,
+        )  # fmt: skip
+    assert not (tmp_path / "chunks" / "done.json").exists()

@@ -44,6 +44,8 @@ class Catalogue:
             "image": [f"{item}.jpg" for item in range(NUM_ITEMS)],
         }
         self.revision = ""
+        self.images = ImagesConfig()
+        self.root = str(self.raw)
         self.summaries: list[dict[str, Any]] = []
         self.quarantine = Quarantine()
 
@@ -59,13 +61,13 @@ class Catalogue:
         numbering = catalogue.Numbering.of(keys.good, earlier)
         numbers = numbering.assign(np.ones(len(keys.good), dtype=bool))
         output = self.folder / name
-        rules = PictureRules(ImageRules.of(ImagesConfig(), root=str(self.raw)), self.revision, 2)
+        rules = PictureRules(ImageRules.of(self.images, root=self.root), self.revision, 2)
         plan = ShardPlan(
             output, self.folder / f"{name}.work", rules, TextRules("|", 99, 99),
             base=None if base is None else self.folder / base,
         )  # fmt: skip
         num_chunks = catalogue.write_chunks(
-            files, COLUMNS, numbers=numbers, removed=numbering.removed(numbers),
+            files, COLUMNS, keys=keys, numbers=numbers, removed=numbering.removed(numbers),
             folder=plan.chunk_path(0).parent, max_rows=max_rows,
         )  # fmt: skip
         self.summaries = [shards.write_shard({"chunk": c}, plan) for c in range(num_chunks)]
@@ -291,6 +293,64 @@ def test_a_lasting_verdict_is_kept_and_a_passing_one_is_not(
     assert shop.quarantine.reasons()["images"].keys() == {
         "image_unknown_format", "image_forbidden_location",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reason", [Reason.IMAGE_HTTP_ERROR, Reason.IMAGE_UNREACHABLE, Reason.IMAGE_FORBIDDEN]
+)
+def test_what_a_web_host_answers_instead_of_a_picture_is_asked_again(
+    shop: Catalogue, monkeypatch: pytest.MonkeyPatch, reason: Reason
+) -> None:
+    """And what came from there is fetched once; so is what came and is no picture."""
+    read: list[str] = []
+    data = (shop.raw / "0.jpg").read_bytes()
+    bad = ["https://shop.example/5.jpg"]
+
+    def answer(_: fetching.Fetcher, reference: str) -> bytes:
+        read.append(reference)
+        if reference in bad:
+            raise BadImage(reason, "not now")
+        return b"no picture" if "/2." in reference else data
+
+    monkeypatch.setattr(fetching.Fetcher, "read", answer)
+    shop.images = ImagesConfig(allowed_schemes=("https",), allowed_hosts=("shop.example",))
+    shop.rows["image"] = [f"https://shop.example/{item}.jpg" for item in range(NUM_ITEMS)]
+    shop.rows["image"][9] = "https://other.example/9.jpg"  # forbidden: nobody is asked
+    shop.make("a")
+    read.clear()
+    shop.make("b", "a")
+    assert read == bad
+    assert shop.cost() == ["linked", (3, 1), "linked"]
+    read.clear()
+    bad.clear()
+    shop.make("c", "b")
+    assert read == ["https://shop.example/5.jpg"]
+    shop.make("d", "c")
+    assert shop.cost() == ["linked"] * 3
+
+
+def test_another_address_of_the_root_means_other_pictures(
+    shop: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = (shop.raw / "0.jpg").read_bytes()
+    monkeypatch.setattr(fetching.Fetcher, "read", lambda *_: data)
+    shop.root = "https://shop.example/a"
+    shop.make("a")
+    shop.make("b", "a")
+    assert shop.cost() == ["linked"] * 3
+    shop.root = "https://shop.example/b"
+    shop.make("c", "b")
+    assert shop.cost() == [(0, 4)] * 3
+
+
+def test_rows_of_a_stopped_attempt_do_not_outlive_a_linked_chunk(shop: Catalogue) -> None:
+    first = shop.make("a")
+    stray = shop.folder / "b.work" / "parts" / "000001.items.parquet"
+    stray.parent.mkdir(parents=True)
+    pq.write_table(pq.read_table(first / "items.parquet").slice(8, 4), stray)
+    second = shop.make("b", "a")
+    assert shop.cost() == ["linked"] * 3
+    assert content(second) == content(first)
 
 
 def test_a_store_that_does_not_answer_is_asked_again(

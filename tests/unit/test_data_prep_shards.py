@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import catalogue, locations, shards, tars
+from alignrec import artifacts
+from alignrec.artifacts import Draft
+from data_prep import catalogue, fetching, locations, packing, shards, tars
 from data_prep.config import ImagesConfig, ItemColumns
-from data_prep.images import ImageRules
+from data_prep.images import BadImage, ImageRules
 from data_prep.locations import RawFile
 from data_prep.pictures import PictureRules
-from data_prep.quarantine import Quarantine
+from data_prep.quarantine import Quarantine, Reason
 from data_prep.shards import ShardPlan, TextRules
 from data_prep.tars import TarWriter
 
@@ -63,13 +66,14 @@ def make_plan(raw: Path, folder: Path, base: Path | None = None) -> ShardPlan:
 def write_chunks(
     files: list[RawFile],
     plan: ShardPlan,
-    numbers: Any,
     *,
     max_rows: int,
     removed: pa.Table = NOTHING_REMOVED,
 ) -> int:
+    keys = catalogue.read_keys(files, COLUMNS, Quarantine())
+    numbers = catalogue.Numbering.of(keys.good).assign(np.ones(len(keys.good), dtype=bool))
     return catalogue.write_chunks(
-        files, COLUMNS, numbers=numbers, removed=removed,
+        files, COLUMNS, keys=keys, numbers=numbers, removed=removed,
         folder=plan.chunk_path(0).parent, max_rows=max_rows,
     )  # fmt: skip
 
@@ -77,9 +81,7 @@ def write_chunks(
 def prepare(raw: Path, folder: Path, *, max_rows: int) -> ShardPlan:
     plan = make_plan(raw, folder)
     files = locations.find([str(raw / "items.parquet")])
-    keys = catalogue.read_keys(files, COLUMNS, Quarantine())
-    numbers = catalogue.Numbering.of(keys.good).assign(np.ones(len(keys.good), dtype=bool))
-    num_chunks = write_chunks(files, plan, numbers, max_rows=max_rows)
+    num_chunks = write_chunks(files, plan, max_rows=max_rows)
     for chunk in range(num_chunks):
         shards.write_shard({"chunk": chunk}, plan)
     return plan
@@ -164,12 +166,55 @@ def test_a_finished_shard_is_not_made_again(raw: Path, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (plan.artifact / "shards").iterdir()} == before
 
 
+@pytest.mark.parametrize("is_killed_again", [False, True])
+def test_what_was_bad_for_a_while_is_tried_again_and_the_rest_is_kept(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_killed_again: bool
+) -> None:
+    read: list[str] = []
+    original = fetching.Fetcher.read
+
+    def watched(self: fetching.Fetcher, reference: str) -> bytes:
+        read.append(reference)
+        if reference == "12.jpg" and len(read) <= NUM_ITEMS:
+            raise BadImage(Reason.IMAGE_TIMED_OUT, "slow", transient=True)
+        return original(self, reference)
+
+    monkeypatch.setattr(fetching.Fetcher, "read", watched)
+    (raw / "20.jpg").rename(raw / "away.jpg")
+    plan = prepare(raw, tmp_path / "out", max_rows=5)
+    read += [""] * NUM_ITEMS
+    assert [shards.may_become_better(chunk, plan) for chunk in range(5)] == [
+        False, False, True, False, False,
+    ]  # fmt: skip
+    (raw / "away.jpg").rename(raw / "20.jpg")  # the file system is back
+    assert shards.may_become_better(4, plan)
+    del read[:-NUM_ITEMS]
+    for chunk in (2, 4):
+        shards.take_back(chunk, plan)
+        if is_killed_again:
+            monkeypatch.setattr(shards, "_write_done", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                shards.write_shard({"chunk": chunk}, plan)
+            monkeypatch.undo()
+            monkeypatch.setattr(fetching.Fetcher, "read", watched)
+        assert shards.write_shard({"chunk": chunk}, plan)["fetched"] == 1
+    assert {*read} == {"", "12.jpg", "20.jpg"}
+    fresh = prepare(raw, tmp_path / "fresh", max_rows=5)
+    chunks = [packing.finished_chunks(made, 5) for made in (plan, fresh)]
+    assert chunks[0] == chunks[1]
+    for made, listed in zip((plan, fresh), chunks, strict=True):
+        packing.join_tables(made, listed, Draft(made.artifact))
+        shutil.rmtree(made.work)
+    # Shards of the outage are gone, too.
+    assert artifacts.checksums(plan.artifact) == artifacts.checksums(fresh.artifact)
+
+
 def test_a_shard_killed_half_way_leaves_nothing_behind(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(raw, tmp_path / "out")
     files = locations.find([str(raw / "items.parquet")])
-    write_chunks(files, plan, np.arange(NUM_ITEMS), max_rows=100)
+    write_chunks(files, plan, max_rows=100)
     monkeypatch.setattr(shards, "_item_row", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         shards.write_shard({"chunk": 0}, plan)
