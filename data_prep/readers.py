@@ -1,4 +1,4 @@
-"""What the readers of all formats share, and the one of parquet files (files -> tables).
+"""What the readers of all formats share (files -> tables).
 
 Every reader yields the columns in the types of the file, with the number of each row in ``ROW``. A
 file is streamed: what is in memory at once is bounded by the size of a block, of a batch, and of
@@ -13,17 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from alignrec.configuration import nearest
 from alignrec.errors import StageFailure, UserError
-from data_prep.locations import Piece, RawFile, is_foreign
+from data_prep.locations import RawFile, is_foreign
 
 ROW = ":row"  # a name that no table of a user's has
 MAX_ROW_BYTES = 16 << 20
-_BATCH_ROWS = 65_536
-_BATCH_BYTES = 64 << 20
-_BUFFER_BYTES = 1 << 20
 _DETAIL_CHARACTERS = 200
 
 
@@ -57,26 +53,6 @@ class Columns:
         return list(dict.fromkeys((*self.text, *self.other, *self.binary)))
 
 
-def read_parquet(
-    piece: Piece,
-    columns: Columns,
-    malformed: list[MalformedRow],  # noqa: ARG001 - one signature
-) -> Iterator[pa.Table]:
-    """Yield the rows of a parquet file, or of some of its row groups."""
-    file = piece.file
-    with file.open() as stream:
-        table = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
-        check_columns_present(file, columns, table.schema_arrow.names)
-        row = piece.first_row + 1
-        for batch in table.iter_batches(
-            batch_size=_batch_rows(table.metadata, columns),
-            row_groups=list(piece.row_groups or range(table.num_row_groups)),
-            columns=columns.names,
-        ):
-            yield numbered(pa.Table.from_batches([batch]), np.arange(row, row + len(batch)))
-            row += len(batch)
-
-
 def unpacked(file: RawFile) -> Any:  # noqa: ANN401 - a pyarrow stream
     """Open the file's content, unpacked where its suffix says that it is packed."""
     if file.compression is None:
@@ -94,7 +70,7 @@ def damage_named(file: RawFile) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, UnicodeError, EOFError) as error:
+    except (pa.ArrowException, UnicodeError, EOFError, RecursionError) as error:
         raise _damaged(file, error) from error
     except UserError:
         raise
@@ -151,17 +127,3 @@ def numbered(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
 def short(error: BaseException) -> str:
     """Return an error's message on one line of bounded length."""
     return " ".join(str(error).split())[:_DETAIL_CHARACTERS]
-
-
-def _batch_rows(metadata: pq.FileMetaData, columns: Columns) -> int:
-    """Return how many rows fit into a batch of bounded size, on average."""
-    if not metadata.num_rows:
-        return _BATCH_ROWS
-    num_bytes = 0
-    for group in range(metadata.num_row_groups):
-        of_group = metadata.row_group(group)
-        for index in range(of_group.num_columns):
-            column = of_group.column(index)
-            if column.path_in_schema.partition(".")[0] in columns.names:
-                num_bytes += column.total_uncompressed_size
-    return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(num_bytes / metadata.num_rows, 1))))

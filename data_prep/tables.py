@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alignrec.errors import UserError
-from data_prep import adapters, delimited, json_lines, readers
+from data_prep import adapters, delimited, json_lines
 from data_prep.conversion import as_text, is_unusable, plain, references_and_bytes
 from data_prep.delimited import COMMAS, TABS
 from data_prep.locations import Piece, RawFile
+from data_prep.parquet import read_parquet
 from data_prep.readers import ROW, Columns, MalformedRow, damage_named
 
 __all__ = [
@@ -27,8 +28,8 @@ PIECE_BYTES = 256 << 20
 Reader = Callable[[Piece, Columns, list[MalformedRow]], Iterator[pa.Table]]
 _read_tabs = functools.partial(delimited.read_csv, dialect=TABS)
 _READERS: dict[str, Reader] = {
-    ".parquet": readers.read_parquet,
-    ".pq": readers.read_parquet,
+    ".parquet": read_parquet,
+    ".pq": read_parquet,
     ".csv": delimited.read_csv,
     ".tsv": _read_tabs,
     ".inter": _read_tabs,  # MMRec's tab-separated interactions
@@ -78,7 +79,7 @@ def pieces(files: Sequence[RawFile], *, max_bytes: int = PIECE_BYTES) -> list[Pi
     """
     result: list[Piece] = []
     for file in files:
-        if _reader(file) is readers.read_parquet and file.size > max_bytes:
+        if _reader(file) is read_parquet and file.size > max_bytes:
             result += _row_groups(file, max_bytes)
         else:
             result.append(Piece(file))
@@ -98,7 +99,7 @@ def column_names(file: RawFile) -> list[str]:
     """
     reader = _READERS.get(file.suffix)
     with damage_named(file):
-        if reader is readers.read_parquet:
+        if reader is read_parquet:
             with file.open() as stream:
                 return list(pq.read_schema(stream).names)
         if reader in (delimited.read_csv, _read_tabs):

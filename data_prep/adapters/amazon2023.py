@@ -21,7 +21,8 @@ from data_prep.json_lines import (
     parsed_lines,
 )
 from data_prep.locations import Piece
-from data_prep.readers import ROW, Columns, MalformedRow, numbered, read_parquet
+from data_prep.parquet import read_parquet
+from data_prep.readers import ROW, Columns, MalformedRow, numbered
 
 _SOURCE = "amazon2023"
 _SIZES = ("large", "hi_res", "thumb")  # the first that is there; hi_res is larger than we need

@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 from data_prep.adapters.mapping import as_strings, read_renamed, reader_of
 from data_prep.delimited import read_csv
 from data_prep.locations import Piece
-from data_prep.readers import ROW, Columns, MalformedRow, read_parquet
+from data_prep.parquet import read_parquet
+from data_prep.readers import ROW, Columns, MalformedRow
 
 _SOURCE = "hm"
 _KEY_DIGITS = 10
