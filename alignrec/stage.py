@@ -5,14 +5,16 @@ one of them in this process, or on several ranks under torchrun.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import importlib
 import json
 import os
 import sys
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,6 +23,7 @@ from alignrec.errors import StageFailure, UserError
 
 # An input is named by its kind, but for a second artifact of the same kind.
 INPUT_KINDS = {"ablation": "embeddings"}
+_STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +170,8 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
             fingerprint=stage.fingerprint(config, inputs),
             log_dir=output.with_name(output.name + ".logs"),
         )
-        stage.load_run()(config, context)
+        with storage_failures(output):
+            stage.load_run()(config, context)
 
     start = time.monotonic()
     outcome = attempt(work)
@@ -248,6 +252,27 @@ def attempt(work: Callable[[], None]) -> Outcome:
     except Exception as error:
         return Outcome("failed", 1, f"{type(error).__name__}: {error}", fault=error)
     return Outcome("done", 0)
+
+
+@contextlib.contextmanager
+def storage_failures(output: Path) -> Iterator[None]:
+    """Turn an error of a storage that takes no more into a failure that names the place.
+
+    Args:
+        output: what is being written, for errors that name no file.
+
+    Raises:
+        StageFailure: the storage is full, over its quota or read-only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE_FAULTS:
+            raise
+        raise StageFailure(
+            f"{error.filename or output} cannot be written ({os.strerror(error.errno)}), so the "
+            f"stage stopped. Make room, and run the same command again: it resumes."
+        ) from error
 
 
 def _load(target: str) -> Any:  # noqa: ANN401 - a class or a function

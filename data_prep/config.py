@@ -18,6 +18,7 @@ Strategy = Literal["user_random", "user_time", "user_last_out", "global_time"]
 # A name, or an IPv4 or IPv6 address; only a whole first label may be left open.
 _HOST = re.compile(r"(\*\.)?[\w-]+(\.[\w-]+)*\.?|[0-9a-fA-F:]*:[0-9a-fA-F:.]*")
 _KEEP_VERSIONS = 5
+_MAX_REMOVED = 0.1
 TIME_STRATEGIES: tuple[Strategy, ...] = ("user_time", "user_last_out", "global_time")
 
 
@@ -209,6 +210,14 @@ class VersionsConfig:
         minimum=1,
         affects_result=False,
     )
+    max_removed_fraction: float = option(
+        _MAX_REMOVED,
+        "largest share of the items of the version before that may be gone: more looks like an "
+        "export that was cut off",
+        minimum=0.0,
+        maximum=1.0,
+        affects_result=False,
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work or would have no effect.
@@ -216,11 +225,12 @@ class VersionsConfig:
         Raises:
             UserError: naming the setting.
         """
-        if self.root is None and self.keep != _KEEP_VERSIONS:
-            raise UserError(
-                f"data_prep.versions.keep={self.keep} has no effect without versions: none are "
-                f"made. Set data_prep.versions.root or remove it."
-            )
+        for setting, unset in (("keep", _KEEP_VERSIONS), ("max_removed_fraction", _MAX_REMOVED)):
+            if self.root is None and getattr(self, setting) != unset:
+                raise UserError(
+                    f"data_prep.versions.{setting}={getattr(self, setting)} has no effect without "
+                    f"versions: none are made. Set data_prep.versions.root or remove it."
+                )
         if self.root is not None and (not self.root or "://" in self.root):
             raise UserError(
                 f"data_prep.versions.root={self.root!r} is no folder: versions share files by hard "

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from alignrec import artifacts, configuration
 from alignrec.data import schema
-from alignrec.stage import Context
+from alignrec.errors import StageFailure
+from alignrec.stage import Context, storage_failures
 from alignrec.telemetry import Telemetry
 from alignrec.testing import synthetic
 from data_prep import catalogue, interactions, locations, mmrec, packing, versions
@@ -42,9 +43,12 @@ def run(config: DataPrepConfig, context: Context) -> None:
 
     Raises:
         UserError: the raw data is missing, unreadable or empty.
-        StageFailure: more of it is bad than ``max_bad_fraction``.
+        StageFailure: more of it is bad than ``max_bad_fraction``, more items are gone than
+            ``versions.max_removed_fraction``, it changed meanwhile, or the storage is full.
     """
+    sources = config.source_identity()
     with (
+        storage_failures(context.output),
         Telemetry(context.log_dir, STAGE_NAME) as telemetry,
         _writing(config, context, telemetry) as (draft, base),
     ):
@@ -54,6 +58,8 @@ def run(config: DataPrepConfig, context: Context) -> None:
             preparation.run_mmrec()
         else:
             preparation.run_catalogue()
+        if config.source_identity() != sources:
+            raise catalogue.changed("the item table or the log")
 
 
 @contextlib.contextmanager
@@ -135,6 +141,7 @@ class _Preparation:
         numbering = catalogue.Numbering.of(keys.good, self._earlier_keys("items", "item_key"))
         numbers = self._prepare_interactions(config, keys.good, numbering)
         removed = numbering.removed(numbers)
+        self._check_removed(removed)
         num_items = int((numbers >= 0).sum()) + len(removed)
         plan = self._shard_plan(config)
         num_chunks = catalogue.write_chunks(
@@ -165,6 +172,24 @@ class _Preparation:
             return None
         keys = schema.read_table(self.base / f"{table}.parquet", columns=[column])[column]
         return pa.concat_arrays(keys.chunks) if keys.num_chunks else pa.array([], pa.string())
+
+    def _check_removed(self, removed: pa.Table) -> None:
+        """Fail when so many items of the version before are gone that a table may be cut off."""
+        if self.base is None:
+            return
+        table = schema.read_table(self.base / "items.parquet", columns=["removed"])
+        was_there = ~table["removed"].to_numpy()  # (num_items,)
+        num_before = int(was_there.sum())
+        num_gone = int(was_there[removed["item_index"].to_numpy()].sum())
+        limit = self.config.versions.max_removed_fraction
+        if num_gone > limit * num_before:
+            raise StageFailure(
+                f"{num_gone:,} of the {num_before:,} items of version {self.base.name} are gone, "
+                f"above data_prep.versions.max_removed_fraction={limit}: a table or log that was "
+                f"cut off looks like this, and they would not be recommended any more. Nothing was "
+                f"published. Correct the tables, or raise the limit if the items are meant to go, "
+                f"and run the same command again."
+            )
 
     def _tell_what_changed(self, packed: Packed, *, num_new: int) -> None:
         assert self.base is not None

@@ -94,7 +94,7 @@ class Shop:
             "items": {"path": str(self.raw / "items.parquet")},
             "interactions": {"path": str(self.raw / "interactions.parquet")},
             "shards": {"max_samples": SHARD_ITEMS},
-            "versions": {"root": str(self.root), "keep": 2},
+            "versions": {"root": str(self.root), "keep": 2, "max_removed_fraction": 1.0},
             "num_cpus": 1,
             "object_store_bytes": 100_000_000,
         }
