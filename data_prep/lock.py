@@ -7,6 +7,7 @@ heartbeat is known.
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import getpass
 import json
@@ -25,6 +26,9 @@ LOCK = "lock"
 _GUARD = ".lock.guard"
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
+_PASSING_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+_READ_ATTEMPTS = 5
+_READ_PAUSE_SECONDS = 2.0
 _NO_ENTRY: dict[str, Any] = {}
 
 
@@ -57,7 +61,7 @@ class Lock:
         """Take the lock.
 
         Raises:
-            StageFailure: another run holds it; later it may be free.
+            StageFailure: another run holds it, or the storage is full or away; later it may do.
             UserError: the folder cannot be written.
         """
         try:
@@ -65,6 +69,11 @@ class Lock:
             with _guarded(self._root) as now:
                 self._take(now)
         except OSError as error:
+            if error.errno in _PASSING_FAULTS:
+                raise StageFailure(
+                    f"the lock in {self._root} cannot be written ({error.strerror}). Run the same "
+                    f"command again when the storage has room and answers."
+                ) from error
             raise UserError(
                 f"data_prep.versions.root={self._root} cannot be written ({error.strerror}). "
                 f"Choose another folder or correct its rights."
@@ -81,21 +90,36 @@ class Lock:
         self._ended.set()
         self._heart.join()
         with contextlib.suppress(OSError), _guarded(self._root):
-            if self._is_mine():
+            if self._is_entry(_read(self._path)):
                 self._path.unlink()
 
     def check(self) -> None:
         """Make sure that no other run took over, thinking this one dead.
 
         Raises:
-            StageFailure: one did.
+            StageFailure: one did, or the lock cannot be read, time after time.
         """
-        if not self._is_mine():
+        holder = self._read_patiently()
+        if not self._is_entry(holder):
             raise StageFailure(
-                f"{self._path} was taken over by {_describe(_read(self._path))}: this process "
-                f"showed no sign of life for {STALE_SECONDS:.0f} s. Nothing was published; run the "
-                f"same command again when that run has ended."
+                f"{self._path} was taken over by {_describe(holder)}: this process showed no sign "
+                f"of life for {STALE_SECONDS:.0f} s. Nothing was published; run the same command "
+                f"again when that run has ended."
             )
+
+    def _read_patiently(self) -> dict[str, Any] | None:
+        for _ in range(_READ_ATTEMPTS - 1):
+            with contextlib.suppress(OSError):  # storage that is away for a moment
+                return _read(self._path)
+            self._ended.wait(_READ_PAUSE_SECONDS)
+        try:
+            return _read(self._path)
+        except OSError as error:
+            raise StageFailure(
+                f"{self._path} cannot be read ({error.strerror}), so another run may hold it by "
+                f"now. Nothing was published; run the same command again when the storage "
+                f"answers: it resumes."
+            ) from error
 
     def _take(self, now: float) -> None:
         holder = _read(self._path)
@@ -116,14 +140,14 @@ class Lock:
         finally:
             spare.unlink(missing_ok=True)
 
-    def _is_mine(self) -> bool:
-        return (_read(self._path) or _NO_ENTRY).get("token") == self._entry["token"]
+    def _is_entry(self, holder: dict[str, Any] | None) -> bool:
+        return (holder or _NO_ENTRY).get("token") == self._entry["token"]
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            if not self._is_mine():
-                return
             with contextlib.suppress(OSError):  # storage that is away for a moment
+                if not self._is_entry(_read(self._path)):
+                    return
                 os.utime(self._path)
 
 
@@ -157,12 +181,16 @@ def _describe(holder: dict[str, Any] | None) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the entry of a lock, an empty one where it is torn, None where there is none."""
+    """Return the entry of a lock, an empty one where it is torn, None where there is none.
+
+    Raises:
+        OSError: it cannot be read, which says nothing of who holds it.
+    """
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except ValueError:
         return _NO_ENTRY
     return entry if isinstance(entry, dict) else _NO_ENTRY
 

@@ -15,7 +15,7 @@ from typing import Any
 from alignrec import artifacts
 from alignrec.artifacts import Draft, Manifest
 from alignrec.configuration import digest
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 from data_prep.lock import Lock
 
 LATEST = "latest"
@@ -85,6 +85,11 @@ def writing(
         yield growing
         lock.check()
         artifacts.complete(draft, kind=kind, fingerprint=fingerprint, config=config, inputs={})
+        try:
+            lock.check()  # reading all files for their checksums may have taken long
+        except StageFailure:
+            (draft.path / artifacts.MANIFEST).unlink(missing_ok=True)  # or it would be released
+            raise
         growing.path = _release(draft.path, root)
         lock.check()
         artifacts.point(output, growing.path.resolve())

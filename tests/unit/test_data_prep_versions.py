@@ -1,5 +1,6 @@
 """Versions of a dataset: numbers, links, pruning, and one run at a time."""
 
+import errno
 import json
 import os
 import socket
@@ -206,15 +207,78 @@ def test_a_run_that_lost_its_lock_publishes_nothing(root: Path) -> None:
     assert (root / LOCK).exists()
 
 
+def test_a_lock_that_is_lost_while_checksums_are_made_releases_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(root, "one")
+    complete = artifacts.complete
+
+    def lose(*words: Any, **named: Any) -> None:
+        complete(*words, **named)
+        entry = json.loads((root / LOCK).read_text())
+        (root / LOCK).write_text(json.dumps(entry | {"token": "another", "run": "other"}))
+
+    monkeypatch.setattr(artifacts, "complete", lose)
+    with pytest.raises(StageFailure, match="taken over by the run other"):
+        write(root, "two")
+    versions.recover(root)
+    assert versions.numbers(root) == [1]
+    assert (root / "latest").readlink() == Path("000001")
+
+
+def test_storage_that_is_away_for_a_moment_ends_neither_heart_nor_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[int] = []
+    original = lock._read
+
+    def read(path: Path) -> dict[str, Any] | None:
+        if faults:
+            raise OSError(faults.pop(), "away")
+        return original(path)
+
+    monkeypatch.setattr(lock, "_read", read)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "_READ_PAUSE_SECONDS", 0.0)
+    with Lock(root, run="r") as held:
+        faults += [errno.EIO, errno.ESTALE]
+        assert until(held, lambda: not faults)  # the heart met them
+        os.utime(root / LOCK, times=(0, 0))
+        assert until(held, lambda: (root / LOCK).stat().st_mtime > 0)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 1000.0)
+    with Lock(root, run="r") as held:
+        faults += [errno.EIO, errno.ESTALE]
+        held.check()
+        faults += [errno.EIO] * 5
+        with pytest.raises(StageFailure, match=r"lock cannot be read \(away\)"):
+            held.check()
+
+
+def test_a_full_storage_is_no_mistake_of_the_user(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(StageFailure, match=r"versions cannot be written \(no space left\)"):
+        write(root, "one")
+
+
+def until(held: Lock, is_so: Callable[[], bool]) -> bool:
+    """Wait for the heart at most ten seconds."""
+    for _ in range(1000):
+        if is_so():
+            return True
+        held._ended.wait(0.01)
+    return False
+
+
 def test_the_heart_beats(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.01)
     with Lock(root, run="r") as held:
         os.utime(root / LOCK, times=(0, 0))
-        for _ in range(1000):
-            held._ended.wait(0.01)
-            if (root / LOCK).stat().st_mtime > 0:
-                break
-        assert (root / LOCK).stat().st_mtime > 0
+        assert until(held, lambda: (root / LOCK).stat().st_mtime > 0)
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
