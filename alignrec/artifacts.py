@@ -21,7 +21,7 @@ from typing import Any
 
 import alignrec
 from alignrec.configuration import digest
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -129,6 +129,7 @@ def open_draft(output: Path, *, fingerprint: str) -> Draft:
         except (OSError, ValueError, KeyError):
             left = None
         if left != fingerprint:
+            mark.unlink(missing_ok=True)  # half deleted it must not look like one to continue
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(mark, {"fingerprint": fingerprint})
@@ -168,8 +169,19 @@ def complete(
     config: Mapping[str, Any],
     inputs: Mapping[str, Path],
 ) -> Manifest:
-    """Write the manifest of a draft: from now on it is an artifact, at the draft's place."""
+    """Write the manifest of a draft: from now on it is an artifact, at the draft's place.
+
+    Raises:
+        StageFailure: a file of ``draft.checksums`` is not there.
+    """
     files = checksums(draft.path, known=draft.checksums)
+    lost = sorted(draft.checksums.keys() - files.keys())
+    if lost:
+        raise StageFailure(
+            f"{draft.path / lost[0]} was written and is gone ({len(lost)} such files): the {kind} "
+            f"would be incomplete. Nothing was published. Find out who deletes files there, delete "
+            f"{draft.path} and run the same command again."
+        )
     sources = {name: read(path) for name, path in inputs.items()}
     manifest = Manifest(
         kind=kind,

@@ -1,10 +1,11 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from alignrec import artifacts
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 
 
 def make(
@@ -137,6 +138,36 @@ def test_known_checksums_are_not_computed_again_while_the_size_is_right(tmp_path
     found = artifacts.checksums(tmp_path, known=known)
     assert found["a"] == known["a"]
     assert found["b"] == artifacts.checksums(tmp_path)["b"]
+
+
+def test_a_file_that_was_written_and_is_gone_is_not_published(tmp_path: Path) -> None:
+    def write() -> None:
+        with artifacts.writing(
+            tmp_path / "out", kind="dataset", fingerprint="f", config={}, inputs={}
+        ) as draft:
+            draft.checksums["shards/a.tar"] = {"bytes": 1, "sha256": "0"}
+
+    with pytest.raises(StageFailure, match=r"shards/a\.tar was written and is gone"):
+        write()
+    assert not (artifacts.partial_path(tmp_path / "out") / artifacts.MANIFEST).exists()
+
+
+def test_a_draft_that_is_half_deleted_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(folder: Path) -> None:
+        (folder / "work" / "first").unlink()
+        raise KeyboardInterrupt
+
+    draft = artifacts.open_draft(tmp_path / "out", fingerprint="f")
+    for name in ("first", "second"):
+        (draft.work / name).write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            artifacts.open_draft(tmp_path / "out", fingerprint="g")
+    draft = artifacts.open_draft(tmp_path / "out", fingerprint="f")
+    assert not list(draft.work.iterdir())
 
 
 def test_provenance_is_checked_but_is_no_part_of_the_identity(tmp_path: Path) -> None:
