@@ -27,11 +27,19 @@ from data_prep.locations import RawFile
 from data_prep.pictures import IMAGE, IMAGE_BYTES
 from data_prep.quarantine import Quarantine, Reason
 from data_prep.shards import REMOVED, TEXT_PREFIX, TITLE
-from data_prep.tables import Columns, MalformedRow, bytes_column, check_columns, read_batches
+from data_prep.tables import (
+    Columns,
+    MalformedRow,
+    MalformedRows,
+    bytes_column,
+    check_columns,
+    read_batches,
+)
 
 SETTING = "data_prep.items.columns"
 MAX_KEY_BYTES = 256
 _REMOVED_ROWS = 65_536
+_LISTED_ROWS = 1 << 20
 Ints = npt.NDArray[np.int64]
 _CONTROL = r"[\x00-\x1f\x7f]"
 
@@ -41,7 +49,8 @@ class Keys:
     """The keys of the item table.
 
     Attributes:
-        good: the key of every item, in the order of their first rows.
+        good: the key of every item, in the order of their first rows, as large strings: all keys
+            together may have more than 2 GiB.
         is_good: (num_rows,) rows that are items: with a valid key, seen for the first time.
         num_rows: rows of the table that could be parsed.
         num_malformed: rows that could not.
@@ -60,12 +69,20 @@ def read_keys(files: Sequence[RawFile], columns: ItemColumns, quarantine: Quaran
         UserError: the table has no item at all.
     """
     check_columns(files, _all_columns(columns))
-    malformed: list[MalformedRow] = []
+
+    def list_malformed(rows: Sequence[MalformedRow]) -> None:
+        quarantine.add("items", ((row.where, Reason.MALFORMED_ROW, row.detail) for row in rows))
+
+    malformed = MalformedRows(list_malformed)
     wanted = Columns(SETTING, text=(columns.key,))
-    batches = [batch[columns.key] for batch in read_batches(files, wanted, malformed)]
-    keys = pa.chunked_array([c for b in batches for c in b.chunks], pa.string()).combine_chunks()
+    batches = [
+        batch[columns.key].cast(pa.large_string())
+        for batch in read_batches(files, wanted, malformed)
+    ]
+    malformed.flush()
+    parts = [chunk for batch in batches for chunk in batch.chunks]
+    keys = pa.chunked_array(parts, pa.large_string()).combine_chunks()
     is_good = _judge(keys, quarantine)
-    quarantine.add("items", ((row.where, Reason.MALFORMED_ROW, row.detail) for row in malformed))
     good = keys.filter(pa.array(is_good))
     if not len(good):
         raise UserError(
@@ -73,7 +90,7 @@ def read_keys(files: Sequence[RawFile], columns: ItemColumns, quarantine: Quaran
             f"table has no item with a key ({len(keys):,} rows read), so there is nothing to "
             f"prepare. Check data_prep.items.path and {SETTING}.key."
         )
-    return Keys(good, is_good, len(keys), len(malformed))
+    return Keys(good, is_good, len(keys), malformed.total)
 
 
 def invalid_keys(keys: pa.Array) -> npt.NDArray[np.bool_]:
@@ -117,8 +134,7 @@ class Numbering:
     @classmethod
     def of(cls, keys: pa.Array, earlier: pa.Array | None = None) -> Self:
         """Compare the keys of the item table with those of the version before."""
-        if earlier is None:
-            earlier = pa.array([], pa.string())
+        earlier = pa.array([], keys.type) if earlier is None else earlier.cast(keys.type)
         known = pc.fill_null(pc.index_in(keys, value_set=earlier), -1)
         return cls(earlier, known.to_numpy().astype(np.int64))
 
@@ -202,9 +218,10 @@ def _judge(keys: pa.Array, quarantine: Quarantine) -> npt.NDArray[np.bool_]:
         (usable & ~first, Reason.DUPLICATE_KEY),
     )
     for mask, reason in verdicts:
-        rows = np.flatnonzero(mask)
-        short = pc.utf8_slice_codeunits(keys.take(pa.array(rows)), 0, MAX_KEY_BYTES)
-        quarantine.add_columns("items", short, reason, row_details(rows))
+        bad = np.flatnonzero(mask)
+        for rows in np.split(bad, range(_LISTED_ROWS, len(bad), _LISTED_ROWS)):
+            short = pc.utf8_slice_codeunits(keys.take(pa.array(rows)), 0, MAX_KEY_BYTES)
+            quarantine.add_columns("items", short.cast(pa.string()), reason, row_details(rows))
     return usable & first
 
 
@@ -253,7 +270,7 @@ def _rows(
 ) -> Iterator[pa.Table]:
     """Yield the items' rows with the columns that a shard task expects."""
     start = 0
-    batches = read_batches(files, _all_columns(columns), [])
+    batches = read_batches(files, _all_columns(columns), MalformedRows())
     for batch in _as_before(batches, columns.key, keys, files):
         index = numbers[start : start + len(batch)]
         start += len(batch)
@@ -280,7 +297,7 @@ def _row_of_removed(items: pa.RecordBatch, columns: ItemColumns) -> pa.Table:
     return pa.table(
         {
             "item_index": items["item_index"],
-            "item_key": items["item_key"],
+            "item_key": items["item_key"].cast(pa.string()),
             TITLE: nothing,
             IMAGE: nothing,
             IMAGE_BYTES: pa.nulls(len(items), pa.large_binary()),

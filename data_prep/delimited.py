@@ -1,5 +1,6 @@
 """Delimited text (CSV, TSV and the like) in, batches of text columns out (files -> tables)."""
 
+import array
 import dataclasses
 import io
 from collections.abc import Callable, Iterator
@@ -104,13 +105,22 @@ class _BadCsvRows:
     def __init__(self, file: RawFile, *, has_header: bool) -> None:
         self._file = file
         self._header = int(has_header)
-        self._waiting: list[tuple[int, str, int]] = []
-        self._numbers: list[int] = []
+        self._expected = 0
+        # A block may hold millions of them: 16 bytes each.
+        self._waiting = array.array("q")
+        self._widths = array.array("q")
+        self._swallowing: tuple[int, int] | None = None
+        self._numbers = np.zeros(0, dtype=np.int64)  # of bad rows behind the last good one
+        self._num_passed = 0
 
     def skip(self, row: pyarrow.csv.InvalidRow) -> str:
         """Note a row; pyarrow calls this in the order of the file."""
-        detail = f"{row.actual_columns} columns instead of {row.expected_columns}"
-        self._waiting.append((row.number - self._header, detail, row.text.count("\n")))
+        number, num_lines = row.number - self._header, row.text.count("\n")
+        if num_lines > _MAX_LINES_OF_A_BAD_ROW and self._swallowing is None:
+            self._swallowing = number, num_lines
+        self._expected = row.expected_columns
+        self._waiting.append(number)
+        self._widths.append(row.actual_columns)
         return "skip"
 
     def move_to(self, malformed: list[MalformedRow]) -> None:
@@ -119,22 +129,31 @@ class _BadCsvRows:
         Raises:
             UserError: one that swallows a large part of the file.
         """
-        for number, detail, num_lines in self._waiting:
-            if num_lines > _MAX_LINES_OF_A_BAD_ROW:
-                raise UserError(
-                    f"{self._file.url} row {number} goes on for {num_lines:,} lines, which would "
-                    f"be lost: a quote in it is never closed. Correct that row."
-                )
+        if self._swallowing is not None:
+            number, num_lines = self._swallowing
+            raise UserError(
+                f"{self._file.url} row {number} goes on for {num_lines:,} lines, which would "
+                f"be lost: a quote in it is never closed. Correct that row."
+            )
+        waiting, widths = self._waiting, self._widths
+        self._waiting, self._widths = array.array("q"), array.array("q")
+        for number, width in zip(waiting, widths, strict=True):
+            detail = f"{width} columns instead of {self._expected}"
             malformed.append(MalformedRow(f"{self._file.url} row {number}", detail))
-            self._numbers.append(number)
-        self._waiting.clear()
+        self._numbers = np.concatenate([self._numbers, np.array(waiting, dtype=np.int64)])
 
     def numbers_of_good_rows(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """Return the numbers in the file of the good rows ``start`` to ``start + count``."""
-        bad = np.array(self._numbers, dtype=np.int64)
-        good = np.arange(start + 1, start + count + 1)  # if no row before were bad
-        shifted = bad - np.arange(len(bad))
-        return good + np.searchsorted(shifted, good, side="right")
+        """Return the numbers in the file of the good rows ``start`` to ``start + count``.
+
+        They are asked for in order: what lies before the next good row is forgotten.
+        """
+        good = np.arange(start + 1, start + count + 2)  # if no row before were bad; and the next
+        shifted = self._numbers - self._num_passed - np.arange(len(self._numbers))
+        passed = np.searchsorted(shifted, good, side="right")
+        numbers = good[:-1] + self._num_passed + passed[:-1]
+        self._numbers = self._numbers[passed[-1] :].copy()
+        self._num_passed += int(passed[-1])
+        return numbers
 
 
 def _as_utf8(stream: IO[bytes], file: RawFile, dialect: CsvFormat) -> Utf8Stream:

@@ -32,12 +32,13 @@ def hash_keys(keys: pa.Array) -> Hashes:
     splitmix64 from the length on.
 
     Args:
-        keys: (n,) strings without nulls.
+        keys: (n,) strings or large strings without nulls.
     """
     if not len(keys):
         return np.zeros(0, dtype=np.uint64)
     _, offset_buffer, data = keys.buffers()
-    offsets = np.frombuffer(offset_buffer, dtype=np.int32)[keys.offset :][: len(keys) + 1]
+    width = np.int64 if pa.types.is_large_string(keys.type) else np.int32
+    offsets = np.frombuffer(offset_buffer, dtype=width)[keys.offset :][: len(keys) + 1]
     starts = (offsets[:-1] - offsets[0]).astype(np.int64)
     lengths = np.diff(offsets).astype(np.int64)
     words = _words_at_every_byte(data, int(offsets[0]), int(offsets[-1]))

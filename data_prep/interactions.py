@@ -36,6 +36,7 @@ from data_prep.tables import Columns, check_columns, pieces
 from data_prep.values import Bools, Ints
 
 _PIECE_BYTES = 32 << 20
+_HASHED_KEYS = 1 << 20
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -299,11 +300,10 @@ def _dropped(plan: BucketPlan, core: Core, usable: int) -> dict[str, int]:
 
 def _number_users(opened: Sequence[LabelledBucket], base: pa.Array) -> tuple[list[Ints], int]:
     """Return the user_index of every user of each bucket, and the number of users in all."""
-    base_bucket = bucket_of(hash_keys(base), len(opened)) if len(base) else np.zeros(0, np.int64)
     known = []
-    for number, bucket in enumerate(opened):
-        rows = np.flatnonzero(base_bucket == number)
-        found = pc.index_in(bucket.keys, value_set=base.take(pa.array(rows)))
+    for bucket, rows in zip(opened, _by_bucket(base, len(opened)), strict=True):
+        keys = base.take(pa.array(rows)).cast(bucket.keys.type)
+        found = pc.index_in(bucket.keys, value_set=keys)
         position = pc.fill_null(found, -1).to_numpy()
         known.append(np.append(rows, -1)[position])
     is_new = [index < 0 for index in known]
@@ -316,6 +316,17 @@ def _number_users(opened: Sequence[LabelledBucket], base: pa.Array) -> tuple[lis
     for index, new, numbers in zip(known, is_new, np.split(rank, bounds), strict=True):
         index[new] = numbers
     return known, len(base) + len(first_row)
+
+
+def _by_bucket(base: pa.Array, num_buckets: int) -> list[Ints]:
+    """Return the user_index of the users of the version before in each bucket, rising."""
+    parts = [
+        bucket_of(hash_keys(base.slice(start, _HASHED_KEYS)), num_buckets)
+        for start in range(0, len(base), _HASHED_KEYS)
+    ]
+    bucket = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+    order = np.argsort(bucket, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(bucket, minlength=num_buckets))[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +385,8 @@ def _rows_of_range(
 
 def _keys_of_range(numbered: Sequence[_Numbered], base: pa.Array, begin: int, end: int) -> pa.Array:
     """Return the keys of the users of a range, by user_index."""
-    known = base.slice(begin, max(min(end, len(base)) - begin, 0))
+    # Taken, not sliced: a slice keeps its offsets, which may be too large for a string array.
+    known = base.take(pa.array(np.arange(begin, max(min(end, len(base)), begin)))).cast(pa.string())
     keys, indices = [known], [np.arange(begin, begin + len(known))]
     for source in numbered:
         users, index = source.users(max(begin, len(base)), end)

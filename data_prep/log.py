@@ -25,7 +25,7 @@ from data_prep.config import InteractionColumns
 from data_prep.hashing import Hashes, bucket_of, hash_keys
 from data_prep.locations import Piece, RawFile
 from data_prep.quarantine import Reason, column_table, count_reasons, make_table
-from data_prep.readers import damage_named
+from data_prep.readers import MalformedRows, damage_named
 from data_prep.tables import ROW, Columns, MalformedRow, read_batches
 from data_prep.values import Bools, Ints, to_ratings, to_timestamps
 
@@ -35,7 +35,6 @@ UNKNOWN_TIME = np.iinfo(np.int64).min
 _PIECE_BITS = 40  # a row's number in its file has fewer bits
 RUN_ROWS = 1 << 20
 _RUN_BYTES = 256 << 20
-_MAX_MALFORMED = 10_000
 _TEXT_BYTES_PER_ROW = 30.0
 _PACKING = 4.0  # how much smaller a packed log is
 _GOOD = 0
@@ -137,7 +136,7 @@ def scatter(
     item_keys = units.load_strings(plan.item_keys)
     with units.writing(plan.unit(number)) as folder:
         listed = _Listed(folder / "quarantine.parquet")
-        malformed = _Malformed(listed)
+        malformed = MalformedRows(listed.add_malformed)
         for run in _runs(piece, plan, malformed):
             malformed.flush()
             position, verdict, users = _judge(run, item_keys, plan)
@@ -220,26 +219,6 @@ class _Listed:
             self._counts[reason] = self._counts.get(reason, 0) + count
 
 
-class _Malformed(list[MalformedRow]):
-    """Rows that could not be parsed: a file of nothing else must not fill the memory."""
-
-    def __init__(self, listed: _Listed) -> None:
-        super().__init__()
-        self._listed = listed
-
-    def append(self, row: MalformedRow) -> None:
-        """Add a row; the list empties itself when it is long."""
-        super().append(row)
-        if len(self) >= _MAX_MALFORMED:
-            self.flush()
-
-    def flush(self) -> None:
-        """Empty the list into the quarantine."""
-        if self:
-            self._listed.add_malformed(self)
-            self.clear()
-
-
 def _runs(piece: Piece, plan: LogPlan, malformed: list[MalformedRow]) -> Iterator[_Run]:
     """Read a piece in runs of bounded size."""
     numbers = (plan.columns.rating, plan.columns.timestamp)
@@ -302,7 +281,7 @@ def _judge(
         (n,) position in ``item_keys``, (n,) 0 or a verdict's number from 1, and the users.
     """
     users = _Users.of(run.user, plan.num_buckets)
-    found = pc.index_in(run.item, value_set=item_keys)
+    found = pc.index_in(run.item.cast(item_keys.type), value_set=item_keys)
     unknown = np.asarray(found.is_null().to_numpy(zero_copy_only=False))
     missing_item = np.zeros(len(unknown), dtype=bool)
     rows = np.flatnonzero(unknown)  # an item that is known has a good key

@@ -171,7 +171,7 @@ class _Preparation:
         if self.base is None:
             return None
         keys = schema.read_table(self.base / f"{table}.parquet", columns=[column])[column]
-        return pa.concat_arrays(keys.chunks) if keys.num_chunks else pa.array([], pa.string())
+        return keys.cast(pa.large_string()).combine_chunks()  # may have more than 2 GiB
 
     def _check_removed(self, removed: pa.Table) -> None:
         """Fail when so many items of the version before are gone that a table may be cut off."""

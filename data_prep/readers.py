@@ -7,7 +7,7 @@ the longest row, for which there is a limit.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from data_prep.locations import RawFile, is_foreign
 ROW = ":row"  # a name that no table of a user's has
 MAX_ROW_BYTES = 16 << 20
 _DETAIL_CHARACTERS = 200
+_MAX_MALFORMED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,33 @@ class MalformedRow:
 
     where: str
     detail: str
+
+
+class MalformedRows(list[MalformedRow]):
+    """Rows that could not be parsed: a file of nothing else must not fill the memory.
+
+    Attributes:
+        total: rows that were added.
+    """
+
+    def __init__(self, receive: Callable[[Sequence[MalformedRow]], None] = lambda _: None) -> None:
+        """Give rows on to ``receive``, which lets go of them; by default nobody wants them."""
+        super().__init__()
+        self._receive = receive
+        self.total = 0
+
+    def append(self, row: MalformedRow) -> None:
+        """Add a row; the list empties itself when it is long."""
+        super().append(row)
+        self.total += 1
+        if len(self) >= _MAX_MALFORMED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Give on what is left."""
+        if self:
+            self._receive(self)
+            self.clear()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ from data_prep.conversion import as_text, is_unusable, plain, references_and_byt
 from data_prep.delimited import COMMAS, TABS
 from data_prep.locations import Piece, RawFile
 from data_prep.parquet import read_parquet
-from data_prep.readers import ROW, Columns, MalformedRow, damage_named
+from data_prep.readers import ROW, Columns, MalformedRow, MalformedRows, damage_named
 
 __all__ = [
-    "ROW", "Columns", "MalformedRow", "as_text", "bytes_column", "check_columns", "column_names",
-    "pieces", "read_batches",
+    "ROW", "Columns", "MalformedRow", "MalformedRows", "as_text", "bytes_column", "check_columns",
+    "column_names", "pieces", "read_batches",
 ]  # fmt: skip
 PIECE_BYTES = 256 << 20
 
@@ -116,7 +116,7 @@ def check_columns(files: Sequence[RawFile], columns: Columns) -> None:
     Raises:
         UserError: as ``read_batches``.
     """
-    next(read_batches(files[:1], columns, []), None)
+    next(read_batches(files[:1], columns, MalformedRows()), None)
 
 
 def _reader(file: RawFile) -> Reader:

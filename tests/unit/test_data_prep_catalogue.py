@@ -1,5 +1,6 @@
 """Catalogue: numbers that stay from version to version, rows in the order of their numbers."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alignrec.errors import StageFailure
-from data_prep import catalogue, locations, sorting
+from data_prep import catalogue, locations, readers, sorting
 from data_prep.catalogue import Numbering
 from data_prep.config import ItemColumns
 from data_prep.quarantine import Quarantine
@@ -46,6 +47,43 @@ def test_a_known_item_that_is_not_kept_is_removed() -> None:
     numbers = second.assign(kept("abx", "bx"))
     assert numbers.tolist() == [-1, 1, 3]
     assert second.removed(numbers)["item_key"].to_pylist() == ["a", "c"]
+
+
+def test_keys_may_have_more_than_2_gib_together(tmp_path: Path) -> None:
+    for kind in (pa.string(), pa.large_string()):
+        table = {"item_id": pa.array(["a", "b", "a"], kind), "brand": ["x"] * 3, "title": ["t"] * 3}
+        pq.write_table(pa.table(table), tmp_path / "items.parquet")
+        files = locations.find([str(tmp_path / "items.parquet")])
+        keys = catalogue.read_keys(files, COLUMNS, Quarantine())
+        assert keys.good.type == pa.large_string()
+        for earlier in (pa.array(["b", "c"]), pa.array(["b", "c"], pa.large_string())):
+            found = Numbering.of(keys.good, earlier)
+            numbers = found.assign(np.array([True, True]))
+            assert numbers.tolist() == [2, 0]
+            assert found.removed(numbers)["item_key"].to_pylist() == ["c"]
+
+
+def test_rows_that_cannot_be_parsed_are_listed_and_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_MAX_MALFORMED", 7)
+    lines = [f"k{row},t,b" if row % 3 else "torn" for row in range(100)]
+    (tmp_path / "items.csv").write_text("item_id,title,brand\n" + "\n".join(lines))
+    listed, held = Quarantine(), []
+    add = listed.add
+    monkeypatch.setattr(listed, "add", lambda source, rows: add(source, _noted(rows, held)))
+    keys = catalogue.read_keys(locations.find([str(tmp_path / "items.csv")]), COLUMNS, listed)
+    assert (len(keys.good), keys.num_rows, keys.num_malformed) == (66, 66, 34)
+    assert listed.reasons() == {"items": {"malformed_row": 34}}
+    numbers = [int(key.rpartition(" ")[2]) for key in listed.table()["key"].to_pylist()]
+    assert numbers == list(range(1, 101, 3))
+    assert max(held) == 7
+
+
+def _noted(rows: Iterable[Any], sizes: list[int]) -> list[Any]:
+    given = list(rows)
+    sizes.append(len(given))
+    return given
 
 
 def test_numbers_never_change_over_any_history() -> None:

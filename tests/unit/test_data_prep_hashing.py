@@ -35,6 +35,11 @@ def test_a_hash_depends_on_the_key_alone() -> None:
     assert len(set(hashing.hash_keys(pa.array(KEYS)).tolist())) == len(KEYS)
 
 
+def test_keys_of_more_than_2_gib_have_the_same_hashes() -> None:
+    large = pa.array(["something", *KEYS, "else"], pa.large_string()).slice(1, len(KEYS))
+    assert hashing.hash_keys(large).tolist() == [plain_hash(key) for key in KEYS]
+
+
 def test_buckets_are_of_about_equal_size() -> None:
     hashes = hashing.hash_keys(pa.array([f"user-{number:07d}" for number in range(70_000)]))
     for num_buckets in (1, 7, 100):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,16 @@ from alignrec.data import schema
 from alignrec.data.schema import SPLITS
 from alignrec.errors import StageFailure, UserError
 from alignrec.telemetry import Telemetry
-from data_prep import buckets, hashing, interaction_files, interactions, locations, log, units
+from data_prep import (
+    buckets,
+    hashing,
+    interaction_files,
+    interactions,
+    locations,
+    log,
+    readers,
+    units,
+)
 from data_prep.buckets import Rows
 from data_prep.config import (
     DataPrepConfig,
@@ -131,7 +141,7 @@ def prepare(
     written = interactions.write(
         cleaned,
         item_index=np.where(kept, np.cumsum(kept) - 1, -1),
-        base_user_keys=None if base is None else pa.array(base, pa.string()),
+        base_user_keys=None if base is None else pa.array(base, pa.large_string()),
         folder=folder,
     )
     return Result(cleaned, written, quarantine, folder)
@@ -350,10 +360,25 @@ def test_rows_of_several_files_say_their_file(tmp_path: Path, telemetry: Telemet
     assert result.written.facts["rows"] == 5
 
 
+def test_keys_of_more_than_2_gib_change_nothing(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"user-{n % 5},item-{n % 4},{n % 3},{n}\n" for n in range(40)]
+    (tmp_path / "a.csv").write_text("user_id,item_id,r,t\n" + "".join(lines))
+    config = settings(str(tmp_path / "a.csv"))
+    plain = prepare(config, tmp_path / "plain", telemetry, base=["user-3"], buckets=3)
+    monkeypatch.setattr(sys.modules[__name__], "ITEMS", ITEMS.cast(pa.large_string()))
+    large = prepare(config, tmp_path / "large", telemetry, base=["user-3"], buckets=3)
+    assert plain.rows()
+    assert large.rows() == plain.rows()
+    for name in ("users.parquet", "interactions/train.parquet"):
+        assert (large.folder / name).read_bytes() == (plain.folder / name).read_bytes()
+
+
 def test_a_file_of_malformed_rows_is_listed_piece_by_piece(
     tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log, "_MAX_MALFORMED", 3)
+    monkeypatch.setattr(readers, "_MAX_MALFORMED", 3)
     lines = [f"torn {number}\n" for number in range(10)]
     (tmp_path / "a.csv").write_text("user_id,item_id,r,t\n" + "".join(lines) + "u,item-1,1,2\n")
     result = prepare(settings(str(tmp_path / "a.csv")), tmp_path / "out", telemetry)

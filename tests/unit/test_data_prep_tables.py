@@ -7,6 +7,7 @@ import http.server
 import json
 import pickle
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from alignrec.errors import StageFailure, UserError
-from data_prep import conversion, delimited, json_lines, locations, parquet, tables
-from data_prep.tables import ROW, Columns, MalformedRow
+from data_prep import conversion, delimited, json_lines, locations, parquet, readers, tables
+from data_prep.tables import ROW, Columns, MalformedRow, MalformedRows
 
 ROWS: list[dict[str, Any]] = [
     {"key": "007", "name": "plain", "size": 1.5},
@@ -462,9 +463,31 @@ def test_pieces_are_the_files_rows_in_order(tmp_path: Path, max_bytes: int) -> N
     assert pickle.loads(pickle.dumps(found)) == found
 
 
-def test_numbers_of_rows_count_the_malformed_ones(tmp_path: Path) -> None:
+def test_malformed_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_MAX_MALFORMED", 100)
+    monkeypatch.setattr(delimited, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(delimited, "_HEADER_BYTES", 1 << 10)
+    num_bad = 30_000  # in one block
+    (tmp_path / "t.csv").write_text("key,b\n" + "x\n" * num_bad + "k,1\n")
+    files, columns = locations.find([str(tmp_path / "t.csv")]), Columns("s", text=("key",))
+    list(tables.read_batches(files, columns, MalformedRows()))  # what is loaded at first use
+    malformed = MalformedRows()
+    tracemalloc.start()
+    rows = [row for b in tables.read_batches(files, columns, malformed) for row in b.to_pylist()]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == [{"key": "k", ROW: num_bad + 1}]
+    assert malformed.total == num_bad
+    assert peak < (1 << 20) + 64 * num_bad  # a block, and bytes a row: a list takes hundreds
+
+
+@pytest.mark.parametrize("block_bytes", [40, 500, 1 << 20])
+def test_numbers_of_rows_count_the_malformed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(delimited, "MAX_ROW_BYTES", block_bytes)
     rng = np.random.default_rng(0)
-    good = rng.random(500) < 0.7
+    good = rng.random(500) < np.repeat([0.7, 0.0, 1.0, 0.1, 0.7], 100)
     lines = [f"k{row},1" if fine else "broken" for row, fine in enumerate(good)]
     (tmp_path / "t.csv").write_text("key,b\n" + "\n".join(lines))
     rows, malformed = read(tmp_path / "t.csv", Columns("s", text=("key",)))
