@@ -1,9 +1,8 @@
 """Seconds an epoch, and to a validation recall, of full-graph alignment and of two formulas.
 
-    python -m launch run mmrec --until graph --run-dir /tmp/mmrec
-    python benchmarks/bench_align.py /tmp/mmrec --rounds 5
-    python benchmarks/bench_align.py /tmp/mmrec --recall 0.095 --epochs 60
-    python benchmarks/bench_align.py /tmp/mmrec --negatives
+    python benchmarks/bench_align.py
+    python benchmarks/bench_align.py --recall 0.095 --epochs 60
+    python benchmarks/bench_align.py --negatives
 
 * ours: ``alignrec.align`` in full-graph mode, the defaults of the method.
 * lightgcn: LightGCN (He et al. 2020) as frameworks write it: COO adjacency over all nodes,
@@ -18,17 +17,18 @@ frameworks have in their data loaders.
 """
 
 import argparse
-import json
-import os
-import platform
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import RESULTS, ROOT, write_result
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -157,7 +157,10 @@ class Plain:
         self._adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
         self._schedule = TripleSchedule(train, batch_size=config.batch_size, seed=config.seed)
         self._validation = Validation(
-            train, inputs.interactions("valid"), block_users=config.evaluation_block
+            train,
+            inputs.interactions("valid"),
+            removed=inputs.removed_items(),
+            block_users=config.evaluation_block,
         )
 
     def epoch(self, epoch: int) -> None:
@@ -305,20 +308,41 @@ def compare_negatives(inputs: Inputs, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="run directory with data_prep, features and graph")
+    parser.add_argument("--run", type=Path, help="run directory; default: recipe mmrec until graph")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--recall", type=float, help="time to this validation recall instead")
     parser.add_argument("--epochs", type=int, default=60, help="most epochs with --recall")
     parser.add_argument("--negatives", action="store_true", help="time the negatives instead")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="default: results/align_<part>.json")
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = AlignConfig()
-    folders = {"dataset": "data_prep", "features": "features", "graph": "graph"}
-    inputs = Inputs.open({kind: options.run / name for kind, name in folders.items()})
+    with tempfile.TemporaryDirectory() as spare:
+        run_dir = options.run or prepared(Path(spare))
+        folders = {"dataset": "data_prep", "features": "features", "graph": "graph"}
+        inputs = Inputs.open({kind: run_dir / name for kind, name in folders.items()})
+        part, found = measure(options, inputs)
+        found["graph"] = {
+            "users": inputs.num_users,
+            "items": inputs.num_items,
+            "train": len(inputs.interactions("train").columns),
+            "features": inputs.feature_table().shape[1],
+        }
+    found["threads"] = torch.get_num_threads()
+    write_result(options.output or RESULTS / f"align_{part}.json", vars(options), found)
+
+
+def prepared(folder: Path) -> Path:
+    """Prepare the benchmark's data, features and graph."""
+    command = ["-m", "launch", "run", "mmrec", "--until", "graph", "--run-dir", str(folder)]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    return folder
+
+
+def measure(options: argparse.Namespace, inputs: Inputs) -> tuple[str, dict[str, Any]]:
+    """Measure what the options ask for; return its name and the result."""
     if options.negatives:
-        report(options, inputs, compare_negatives(inputs, options.rounds))
-        return
+        return "negatives", compare_negatives(inputs, options.rounds)
+    config = AlignConfig()
     with process_group() as rank:
         rates = coo(normalized_rates(inputs.interactions("train")), inputs.num_items)
         models = {
@@ -327,35 +351,8 @@ def main() -> None:
             "literal": Plain(Literal(inputs, rates, config), config, inputs),
         }
         if options.recall is None:
-            found = compare_epochs(models, options.rounds)
-        else:
-            found = time_to_recall(models, options.recall, options.epochs)
-    report(options, inputs, found)
-
-
-def report(options: argparse.Namespace, inputs: Inputs, found: dict[str, Any]) -> None:
-    """Print the result, and write it where asked."""
-    result = {
-        "command": "bench_align.py",
-        "options": {k: str(v) for k, v in vars(options).items() if k != "run"},
-        "graph": {
-            "users": inputs.num_users,
-            "items": inputs.num_items,
-            "train": len(inputs.interactions("train").columns),
-            "features": inputs.feature_table().shape[1],
-        },
-        **found,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-    }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+            return "epochs", compare_epochs(models, options.rounds)
+        return "recall", time_to_recall(models, options.recall, options.epochs)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ drawn around random centres in a space of fewer dimensions, with noise in all.
 """
 
 import argparse
-import json
-import os
-import platform
 import resource
 import tempfile
 import time
@@ -20,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import RESULTS, write_result
 
 from alignrec.distributed.process_group import Rank
 from alignrec.graph import STAGE
@@ -90,6 +88,7 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.7, help="around a centre")
     parser.add_argument("--block-rows", type=int, default=1024)
     parser.add_argument("--block-columns", type=int, default=8192)
+    parser.add_argument("--output", type=Path, help="default: results/knn_<method>.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -99,18 +98,12 @@ def main() -> None:
             measured = exact(features, options)
         else:
             measured = approximate(features, folder, options)
-    result = {
-        "options": vars(options),
-        "threads": torch.get_num_threads(),
-        **measured,
-        # With the pages of mapped files that this process has touched.
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-    }
-    print(json.dumps(result, indent=1))
+    measured["threads"] = torch.get_num_threads()
+    # With the pages of mapped files that this process has touched.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measured["peak_memory_gib"] = round(peak / 2**20, 2)
+    output = options.output or RESULTS / f"knn_{options.method}.json"
+    write_result(output, vars(options), measured)
 
 
 if __name__ == "__main__":

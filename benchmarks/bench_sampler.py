@@ -7,9 +7,6 @@ is complete when its edges, weights and content features are there.
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+from measuring import RESULTS, write_result
 
 from alignrec.data.schema import INTERACTIONS
 from alignrec.distributed.exchange import Exchange
@@ -147,6 +144,7 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=2)
     parser.add_argument("--without-content", action="store_true")
     parser.add_argument("--graph", type=Path, help="folder to keep the graph in")
+    parser.add_argument("--output", type=Path, help="default: results/sampler_ranks_<n>.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as spare, tempfile.TemporaryDirectory() as work:
         folder = options.graph or Path(spare)
@@ -154,8 +152,6 @@ def main() -> None:
         ranks = run_ranks(measure, options.ranks, folder, options, timeout_seconds=900)
     slowest = max(rank["seconds"] for rank in ranks)
     result = {
-        "command": "bench_sampler.py",
-        "options": {k: str(v) for k, v in vars(options).items()},
         "graph": facts,
         "seeds_per_second": round(sum(rank["seeds"] for rank in ranks) / slowest),
         "edges_per_second": round(sum(rank["edges"] for rank in ranks) / slowest),
@@ -163,13 +159,9 @@ def main() -> None:
         "seeds_per_cpu_second": round(
             sum(rank["seeds"] for rank in ranks) / sum(rank["cpu_seconds"] for rank in ranks)
         ),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
     }
-    print(json.dumps(result, indent=1))
+    output = options.output or RESULTS / f"sampler_ranks_{options.ranks}.json"
+    write_result(output, vars(options), result)
 
 
 if __name__ == "__main__":

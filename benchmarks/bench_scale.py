@@ -1,6 +1,6 @@
 """Partition, sample and train on a large synthetic graph, within a memory limit.
 
-    python benchmarks/bench_scale.py --output benchmarks/results/scale.json
+    python benchmarks/bench_scale.py
 
 1 M users, 1 M items, 20 M interactions and 64-d content features are drawn by seeded code; then the
 graph stage cuts them into partitions on two ranks, and two ranks take steps of sampled training.
@@ -9,9 +9,7 @@ they share count once), sampled four times a second; files in the page cache do 
 """
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+from measuring import RESULTS, ROOT, write_result
 
 from alignrec import artifacts
 from alignrec.align.config import AlignConfig
@@ -34,7 +32,6 @@ from alignrec.data import schema
 from alignrec.distributed.process_group import process_group
 from alignrec.testing.processes import run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCK_USERS = 50_000
 TASTES = 2000
 
@@ -196,7 +193,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048, help="triples a step over all ranks")
     parser.add_argument("--set", action="append", default=[], help="setting of the graph stage")
     parser.add_argument("--folder", type=Path, help="where to keep the artifacts")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS / "scale.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as spare:
         root = options.folder or Path(spare)
@@ -214,8 +211,6 @@ def main() -> None:
         counts = artifacts.read(root / "dataset").counts
     seconds = max(rank["seconds"] for rank in ranks)
     result = {
-        "command": "bench_scale.py",
-        "options": {k: str(v) for k, v in vars(options).items() if k not in ("folder", "output")},
         "counts": counts,
         "graph": graph,
         "train": {
@@ -226,16 +221,8 @@ def main() -> None:
             "first_bpr": round(sum(rank["first_bpr"] for rank in ranks), 4),
             "last_bpr": round(sum(rank["last_bpr"] for rank in ranks), 4),
         },
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    write_result(options.output, vars(options), result)
 
 
 if __name__ == "__main__":

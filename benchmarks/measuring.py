@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _MARK = "BENCHMARK_RUN"
 _POLL_SECONDS = 0.1
+_PACKAGES = ("numpy", "pillow", "pyarrow", "ray", "torch", "torch-geometric")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ def beside(command: Sequence[str]) -> Iterator[str]:
 def write_result(path: Path, options: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Write a result file with what is needed to judge and to repeat it."""
     content = {
+        "command": f"benchmarks/{Path(sys.argv[0]).name}",
         "options": {key: str(v) if isinstance(v, Path) else v for key, v in options.items()},
         **result,
         "machine": {
@@ -127,7 +130,7 @@ def write_result(path: Path, options: Mapping[str, Any], result: Mapping[str, An
             "load_average_at_end": os.getloadavg()[0],
             "python": platform.python_version(),
         },
-        "versions": {name: metadata.version(name) for name in ("pillow", "ray", "pyarrow")},
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
     }
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
