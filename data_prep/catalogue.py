@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from alignrec.artifacts import write_json
 from alignrec.errors import StageFailure, UserError
-from data_prep import sorting
+from data_prep import sorting, units
 from data_prep.config import ItemColumns
 from data_prep.locations import RawFile
 from data_prep.pictures import IMAGE, IMAGE_BYTES
@@ -297,7 +297,7 @@ def _row_of_removed(items: pa.RecordBatch, columns: ItemColumns) -> pa.Table:
     return pa.table(
         {
             "item_index": items["item_index"],
-            "item_key": items["item_key"].cast(pa.string()),
+            "item_key": units.as_strings(items["item_key"]),
             TITLE: nothing,
             IMAGE: nothing,
             IMAGE_BYTES: pa.nulls(len(items), pa.large_binary()),

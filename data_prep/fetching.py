@@ -93,7 +93,7 @@ def source_state(reference: str, rules: ImageRules) -> str:
 
 
 def web_address(reference: str, rules: ImageRules) -> str | None:
-    """Return the http(s) address of a reference; None where it has none or one that is forbidden."""
+    """Return the http(s) address of a reference; None without one or where it is forbidden."""
     try:
         location = resolve(reference, rules)
         if _scheme(location) not in SCHEMES:

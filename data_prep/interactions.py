@@ -385,8 +385,7 @@ def _rows_of_range(
 
 def _keys_of_range(numbered: Sequence[_Numbered], base: pa.Array, begin: int, end: int) -> pa.Array:
     """Return the keys of the users of a range, by user_index."""
-    # Taken, not sliced: a slice keeps its offsets, which may be too large for a string array.
-    known = base.take(pa.array(np.arange(begin, max(min(end, len(base)), begin)))).cast(pa.string())
+    known = units.as_strings(base.slice(begin, max(min(end, len(base)) - begin, 0)))
     keys, indices = [known], [np.arange(begin, begin + len(known))]
     for source in numbered:
         users, index = source.users(max(begin, len(base)), end)

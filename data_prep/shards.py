@@ -141,7 +141,7 @@ def may_become_better(number: int, plan: ShardPlan) -> bool:
         return False
     listed = plan.read_part(chunk, "pictures")
     bad = listed.filter(pc.not_equal(listed["reason"], ""))
-    before = bad["source"].to_pylist()
+    before: list[str] = bad["source"].to_pylist()
     if "" in before:
         return True
     columns = ["item_index", IMAGE, IMAGE_BYTES]

@@ -55,6 +55,14 @@ def save_strings(path: Path, keys: pa.Array) -> None:
     spare.replace(path)
 
 
+def as_strings(keys: pa.Array) -> pa.Array:
+    """Return part of a large string array, at most 2 GiB, as strings.
+
+    A slice keeps its offsets, which may be too large for strings: so it is copied first.
+    """
+    return keys.take(pa.array(np.arange(len(keys)))).cast(pa.string())
+
+
 def load_strings(path: Path) -> pa.Array:
     """Map strings that ``save_strings`` wrote into memory."""
     with pa.memory_map(str(path)) as file:

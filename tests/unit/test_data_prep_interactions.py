@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import mmap
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -546,3 +547,36 @@ def test_reading_in_one_process_shows_every_run(
         settings(write_log(tmp_path / "log.parquet", random_log(11))), tmp_path / "out", telemetry
     )
     assert "400/400 log rows in" in capsys.readouterr().out
+
+
+def test_keys_behind_2_gib_of_others_can_be_strings(tmp_path: Path) -> None:
+    """The first key is a hole in a file."""
+    size = 1 << 31
+    with (tmp_path / "keys").open("w+b") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(b"abcde")
+        file.flush()
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    offsets = np.array([0, size, size + 3, size + 5])
+    base = pa.LargeStringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(data))
+    assert units.as_strings(base.slice(1)).to_pylist() == ["abc", "de"]
+
+
+def test_known_users_are_found_in_any_bucket(
+    tmp_path: Path, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"user-{n},item-{n % 4},{n % 3},{n}\n" for n in range(40)]
+    (tmp_path / "a.csv").write_text("user_id,item_id,r,t\n" + "".join(lines))
+    base = [f"user-{n}" for n in range(60, 20, -3)]
+    monkeypatch.setattr(interactions, "_HASHED_KEYS", 5)
+    config = settings(str(tmp_path / "a.csv"))
+    results = [
+        prepare(config, tmp_path / f"{n}", telemetry, base=base, buckets=n) for n in (1, 3, 50)
+    ]
+    for result in results:
+        users = pq.read_table(result.folder / "users.parquet")["user_key"].to_pylist()
+        assert users[: len(base)] == base
+        new = [f"user-{n}" for n in range(40)]
+        assert users[len(base) :] == [key for key in new if key not in base]
+        assert result.rows() == results[0].rows()
