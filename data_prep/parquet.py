@@ -163,7 +163,8 @@ def _row_sizes(array: pa.Array) -> Ints:
     kind = array.type
     if pa.types.is_dictionary(kind):
         sizes = np.append(_row_sizes(array.dictionary), 0)  # the last one for nulls
-        return sizes[pc.fill_null(array.indices, len(sizes) - 1).to_numpy()]
+        codes = pc.fill_null(array.indices, len(sizes) - 1).to_numpy()
+        return np.asarray(sizes[codes], np.int64)
     if pa.types.is_struct(kind):
         nothing = np.zeros(len(array), np.int64)
         return functools.reduce(np.add, map(_row_sizes, array.flatten()), nothing)
