@@ -57,12 +57,11 @@ def sources(rows: pa.Table, rules: PictureRules) -> list[str]:
     """Return the source of each row's picture as it is now; empty where the row names none."""
     references = rows[IMAGE].to_pylist()
     contents = rows[IMAGE_BYTES].to_pylist()
-    preparation = rules.images.preparation
 
     def source(position: int) -> str:
         reference, content = references[position], contents[position]
         if content is not None:
-            return source_digest(preparation, state_of_bytes(content))
+            return source_digest(rules.images.preparation, state_of_bytes(content))
         if reference is None:
             return ""
         state = fetching.source_state(reference, rules.images)
@@ -70,13 +69,17 @@ def sources(rows: pa.Table, rules: PictureRules) -> list[str]:
             return _UNSURE
         # An address has no state, so all of it says which picture is meant: the root too.
         place = reference if state else fetching.resolve(reference, rules.images)
-        return source_digest(preparation, rules.revision, state, place)
+        return _source_of(place, state, rules)
 
     positions = range(len(references))
     if "://" not in rules.images.root and not any("://" in name for name in references if name):
         return [source(position) for position in positions]
     with ThreadPoolExecutor(rules.read_threads) as pool:  # object stores answer slowly
         return list(pool.map(source, positions))
+
+
+def _source_of(reference: str, state: str, rules: PictureRules) -> str:
+    return source_digest(rules.images.preparation, rules.revision, state, reference)
 
 
 class Earlier:
@@ -147,7 +150,7 @@ def load(
         def read_next() -> None:
             pair = next(ahead, None)
             if pair is not None:
-                waiting.append(_begin(*pair, earlier, fetcher, pool, rules.images))
+                waiting.append(_begin(*pair, earlier, fetcher, pool, rules))
 
         for _ in range(2 * rules.read_threads):
             read_next()
@@ -164,7 +167,7 @@ def _begin(
     earlier: Earlier | None,
     fetcher: Fetcher,
     pool: ThreadPoolExecutor,
-    rules: ImageRules,
+    rules: PictureRules,
 ) -> Callable[[], Loaded]:
     """Begin to get a picture; return what ends it."""
     if not source:
@@ -174,19 +177,23 @@ def _begin(
         return lambda: Loaded(known, source, is_kept=True)
     content = row[IMAGE_BYTES]
     if content is not None:
-        return lambda: _prepared(content, source, rules)
+        return lambda: _prepared(content, source, rules.images)
     reading = pool.submit(fetcher.read, row[IMAGE])
-    # What a web host answers instead of a picture says nothing of its next answer.
-    is_lasting = fetching.web_address(row[IMAGE], rules) is None
-    return lambda: _fetched(reading, source, rules, is_lasting=is_lasting)
+    return lambda: _fetched(reading, row[IMAGE], source, rules)
 
 
-def _fetched(reading: Future[bytes], source: str, rules: ImageRules, *, is_lasting: bool) -> Loaded:
+def _fetched(reading: Future[bytes], reference: str, source: str, rules: PictureRules) -> Loaded:
     try:
         data = reading.result()
     except BadImage as verdict:
-        return _judged(verdict, source if is_lasting else "")
-    return _prepared(data, source, rules)
+        # What a web host answers instead of a picture says nothing of its next answer, and what was
+        # there and is missing now may have been away with its storage.
+        is_web = fetching.web_address(reference, rules.images) is not None
+        is_away = verdict.reason == Reason.IMAGE_MISSING and source != _source_of(
+            reference, fetching.ABSENT, rules
+        )
+        return _judged(verdict, "" if is_web or is_away else source)
+    return _prepared(data, source, rules.images)
 
 
 def _prepared(data: bytes, source: str, rules: ImageRules) -> Loaded:

@@ -329,6 +329,24 @@ def test_what_a_web_host_answers_instead_of_a_picture_is_asked_again(
     assert shop.cost() == ["linked"] * 3
 
 
+def test_a_file_that_is_there_and_cannot_be_found_is_looked_for_again(
+    shop: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = fetching.Fetcher.read
+
+    def away(self: fetching.Fetcher, reference: str) -> bytes:
+        if reference == "5.jpg":
+            raise BadImage(Reason.IMAGE_MISSING, "the storage went away")
+        return original(self, reference)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetching.Fetcher, "read", away)
+        shop.make("a")
+    shop.make("b", "a")
+    assert shop.cost() == ["linked", (3, 1), "linked"]
+    assert not shop.quarantine.reasons()
+
+
 def test_another_address_of_the_root_means_other_pictures(
     shop: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
