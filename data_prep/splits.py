@@ -1,8 +1,8 @@
 """Interactions of whole users in, a split for each out (core -> interactions).
 
-The random split is a function of (seed, user key, item key) alone: neither the order of the log,
-nor numbers, nor other users, nor who does the work changes it, and a new interaction moves few
-others of its user.
+The random split goes by the rank of hash(seed, user key, item key) among the interactions that are
+left of a user: neither the order of the log, nor numbers, nor who does the work changes it. Another
+set of interactions does: one that is new or gone moves some others of its user.
 """
 
 import dataclasses
