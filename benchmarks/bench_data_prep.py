@@ -1,6 +1,6 @@
 """Data preparation: speed against img2dataset and a bare loop, growth by 1 %, and random SIGKILLs.
 
-python benchmarks/bench_data_prep.py throughput     (about 10 minutes; img2dataset comes from PyPI)
+python benchmarks/bench_data_prep.py throughput     (about 12 minutes; img2dataset comes from PyPI)
 python benchmarks/bench_data_prep.py incremental    (about 4 minutes)
 python benchmarks/bench_data_prep.py kills          (about 8 minutes)
 
@@ -53,11 +53,11 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="file; default: results/data_prep_<part>.json")
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("throughput", help="images per second and per CPU second")
-    part.add_argument("--images", type=int, default=20_000, help="pictures of each measured run")
+    part.add_argument("--images", type=int, default=40_000, help="pictures of each measured run")
     part.add_argument("--trial-images", type=int, default=3000, help="to choose img2dataset's")
     part.add_argument("--threads", type=int, nargs="+", default=[8, 16, 64])
     part.add_argument("--drawn", type=int, default=300, help="pictures that differ in content")
-    part.add_argument("--repeats", type=int, default=2)
+    part.add_argument("--repeats", type=int, default=1)
     part = parts.add_parser("incremental", help="cost of 1 % more items")
     part.add_argument("--items", type=int, default=50_000)
     part.add_argument("--drawn", type=int, default=300)
