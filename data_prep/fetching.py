@@ -7,7 +7,6 @@ are read through fsspec, http(s) by ``data_prep.web`` (catalogue -> images).
 import os
 import posixpath
 import stat
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -39,12 +38,7 @@ class Fetcher:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._web.close()
 
     def read(self, reference: str) -> bytes:

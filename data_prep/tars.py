@@ -10,7 +10,6 @@ import os
 import tarfile
 import uuid
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 SHARDS = "shards"
@@ -55,12 +54,7 @@ class TarWriter:
         self._file = self._spare.open("wb")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         self._spare.unlink(missing_ok=True)
 

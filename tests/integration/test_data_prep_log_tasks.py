@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from alignrec.artifacts import WORK
 from alignrec.data.schema import SPLITS
 from alignrec.errors import StageFailure, UserError
 from alignrec.telemetry import Telemetry
@@ -66,7 +67,7 @@ def prepare(log: Path, output: Path, *, num_cpus: int) -> None:
             settings(log, num_cpus=num_cpus),
             pa.array([f"item-{number}" for number in range(NUM_ITEMS)]),
             quarantine=quarantine,
-            work=output / "work",
+            work=output / WORK,
             telemetry=telemetry,
         )
         interactions.write(cleaned, item_index=np.arange(NUM_ITEMS), folder=output)
@@ -158,11 +159,11 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_those_of_one_process(
 def test_after_a_kill_the_next_run_goes_on_and_ends_with_the_same_bytes(
     victim: str, running: psutil.Popen, log: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    wait_for(lambda: list(tmp_path.glob("out/work/*/log/0*")), running)
+    wait_for(lambda: list((tmp_path / "out" / WORK).glob("*/log/0*")), running)
     (killed,) = [running] if victim == "driver" else titled(running, "raylet")
     killed.send_signal(signal.SIGKILL)
     assert running.wait(DEADLINE_SECONDS) != 0
-    units = [path for path in tmp_path.glob("out/work/*/*/0*") if path.is_dir()]
+    units = [path for path in (tmp_path / "out" / WORK).glob("*/*/0*") if path.is_dir()]
     assert units
     before = {unit: unit.stat().st_mtime_ns for unit in units}
     prepare(log, tmp_path / "out", num_cpus=1)

@@ -5,7 +5,6 @@ import functools
 import gzip
 import http.server
 import json
-import pickle
 import threading
 import tracemalloc
 import zipfile
@@ -460,7 +459,6 @@ def test_pieces_are_the_files_rows_in_order(tmp_path: Path, max_bytes: int) -> N
         rows = [r for b in tables.read_batches([piece], columns, []) for r in b.to_pylist()]
         assert all(row in whole for row in rows)
         assert rows[0][ROW] == piece.first_row + 1
-    assert pickle.loads(pickle.dumps(found)) == found
 
 
 def test_malformed_rows_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
