@@ -1,110 +1,18 @@
 """The schedule server: each time once, whatever is killed; overlaps, deadlines, retries."""
 
 import dataclasses
-import datetime
 import errno
-import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from schedule_world import START, World
 
 from alignrec.errors import StageFailure, UserError
-from launch.jobs import Job, NoAnswerError, RefusedError
-from launch.schedule import definition
+from launch.jobs import NoAnswerError, RefusedError
 from launch.schedule.definition import Schedule
-from launch.schedule.serving import Server
-from launch.schedule.store import Entry, Folder, State, stamp
-
-START = datetime.datetime(2026, 1, 10, 0, 30, tzinfo=datetime.UTC)
-
-
-class Killed(BaseException):
-    """The server's process is gone, at this very effect."""
-
-
-class Cluster:
-    """Jobs that end when a test says so; a second job of the same id is never made."""
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, Job] = {}
-        self.trouble: Exception | None = None
-        self.mistake: UserError | None = None
-        self.strict = False
-        self.submissions = Counter[str]()
-
-    def submit(self, schedule: Schedule, job_id: str) -> None:
-        for error in (self.mistake, self.trouble):  # the recipe is read before the cluster is asked
-            if error is not None:
-                raise error
-        if self.strict and job_id in self.jobs:
-            pytest.fail(f"{job_id} was submitted twice")
-        if job_id not in self.jobs:
-            self.submissions[job_id] += 1
-            self.jobs[job_id] = Job(job_id, "running", "", None, None, "", None)
-
-    def find(self, schedule: Schedule, job_id: str) -> Job | None:
-        if self.trouble is not None:
-            raise self.trouble
-        return self.jobs.get(job_id)
-
-    def end(self, status: str = "succeeded", exit_code: int | None = 0) -> None:
-        """End every job that runs."""
-        for job in self.jobs.values():
-            if not job.is_over:
-                self.jobs[job.id] = dataclasses.replace(
-                    job, status=status, exit_code=exit_code, message="so said the cluster"
-                )
-
-
-class World:
-    """A folder with one schedule, a cluster, and a clock that only tests move."""
-
-    def __init__(self, path: Path, **options: Any) -> None:
-        self.now = START
-        self.folder = Folder(path)
-        self.cluster = Cluster()
-        self.lines: list[str] = []
-        self.schedule = definition.build(
-            {
-                "name": "hourly",
-                "cron": "0 * * * *",
-                "recipe": "demo",
-                "run_dir": "/runs",
-                "directory": "/",
-                "mark": "ab",
-                "added": stamp(START),
-                **options,
-            }
-        )
-        self.folder.write(self.schedule)
-        self.restart()
-
-    def restart(self) -> None:
-        self.server = Server(
-            self.folder, self.cluster, clock=lambda: self.now, show=self.lines.append
-        )
-
-    def at(self, hour: int, minute: int = 0, second: int = 0) -> None:
-        """Move the clock and look."""
-        self.now = START.replace(hour=hour, minute=minute, second=second)
-        self.server.look()
-
-    @property
-    def history(self) -> list[tuple[str, str]]:
-        return [(entry.time[11:16], entry.outcome) for entry in self.folder.history("hourly")]
-
-    @property
-    def state(self) -> State:
-        return self.folder.state(self.schedule)
-
-    @property
-    def submitted(self) -> list[str]:
-        return [
-            job.removeprefix("hourly-20260110-").removesuffix("-ab") for job in self.cluster.jobs
-        ]
+from launch.schedule.store import stamp
 
 
 @pytest.fixture
@@ -525,100 +433,3 @@ def test_a_state_that_was_lost_does_not_rewrite_the_history(make: Callable[..., 
     skipped = dataclasses.replace(before[0], outcome="skipped")
     world.folder.record(world.schedule, skipped)
     assert world.folder.history("hourly") == before
-
-
-def story(world: World) -> None:
-    """Two days' worth of everything: success, overlap, failure, retry, silence, a request."""
-    world.at(1)
-    world.at(2)
-    world.cluster.end()
-    world.at(2, 10)
-    world.folder.ask(world.schedule, world.now)
-    world.at(2, 11)
-    world.cluster.end("failed", 1)
-    world.at(2, 12)
-    world.at(2, 14)
-    world.cluster.end()
-    world.at(2, 15)
-    world.cluster.trouble = NoAnswerError("nobody answers")
-    world.at(3)
-    world.cluster.trouble = None
-    world.at(3, 1)
-    world.cluster.end()
-    world.at(6, 10)
-    world.cluster.end()
-    world.at(6, 20)
-    world.at(7)
-    world.cluster.end("failed", 1)
-    world.at(7, 1)
-    world.cluster.trouble = NoAnswerError("nobody answers")
-    world.at(7, 2)
-    world.cluster.trouble = None
-    world.at(7, 3)
-    world.cluster.end()
-    world.at(7, 4)
-
-
-EFFECTS = ("write_state", "record", "forget_asked")
-
-
-def test_a_kill_at_any_effect_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # thousands of them; no power is cut
-
-    def lived(kill_at: int | None) -> tuple[World, int]:
-        """Live through the story; the server dies before or after one effect and starts again."""
-        world = World(tmp_path / str(kill_at), on_overlap="queue", retries=2)
-        world.cluster.strict = True
-        count = 0
-
-        def mortal(effect: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*arguments: Any) -> Any:
-                nonlocal count
-                moments = []
-                for _ in ("before", "after"):
-                    moments.append(count)
-                    count += 1
-                if moments[0] == kill_at:
-                    raise Killed
-                result = effect(*arguments)
-                if moments[1] == kill_at:
-                    raise Killed
-                return result
-
-            return run
-
-        for name in EFFECTS:
-            setattr(world.folder, name, mortal(getattr(world.folder, name)))
-        world.cluster.submit = mortal(world.cluster.submit)  # type: ignore[method-assign]
-        look = Server.look
-
-        def surviving_look() -> None:
-            try:
-                look(world.server)
-            except Killed:
-                world.restart()
-                world.server.look = surviving_look  # type: ignore[method-assign]
-                look(world.server)
-
-        world.server.look = surviving_look  # type: ignore[method-assign]
-        story(world)
-        return world, count
-
-    undisturbed, effects = lived(None)
-    assert effects > 40
-    expected = undisturbed.folder.history("hourly")
-    assert {entry.outcome for entry in expected} >= {"succeeded", "failed", "skipped"}
-    assert {entry.attempt for entry in expected} == {1, 2}
-    for kill_at in range(effects):
-        world, _ = lived(kill_at)
-        assert set(world.cluster.submissions.values()) == {1}, kill_at
-        assert world.cluster.submissions == undisturbed.cluster.submissions, kill_at
-        assert _essence(world.folder.history("hourly")) == _essence(expected), kill_at
-        assert world.state.active == undisturbed.state.active
-        assert world.state.queued == undisturbed.state.queued
-
-
-def _essence(entries: list[Entry]) -> list[tuple[str, str, int]]:
-    return [(entry.job, entry.outcome, entry.attempt) for entry in entries]
