@@ -1,6 +1,5 @@
 """Options of pretraining change what they say and nothing else, under every ZeRO stage."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,16 @@ from safetensors.torch import load_file
 
 from alignrec import artifacts, configuration
 from alignrec.distributed.process_group import barrier, process_group
-from alignrec.pretrain import STAGE, training
+from alignrec.pretrain import training
 from alignrec.pretrain.compilation import compile_layers
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.encoder import save_encoder
 from alignrec.pretrain.engine import deepspeed_group
 from alignrec.pretrain.objective import build_model
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
-from alignrec.stage import Context
 from alignrec.telemetry import read_history
 from alignrec.testing.datasets import write_dataset
+from alignrec.testing.pretraining import TINY_ENCODER, context_of, run_until
 from alignrec.testing.processes import run_ranks
 
 pytestmark = pytest.mark.multiprocess
@@ -28,15 +27,7 @@ NUM_STEPS = 5
 DECAY = 0.6
 SETTINGS: dict[str, Any] = {
     "seed": 3,
-    "encoder": {
-        "num_layers": 2,
-        "width": 16,
-        "num_heads": 2,
-        "hidden": 24,
-        "image_size": 16,
-        "patch_size": 4,
-        "max_text_tokens": 20,
-    },
+    "encoder": {**TINY_ENCODER, "max_text_tokens": 20},
     "tokenizer": {"vocabulary_size": 320},
     "max_steps": NUM_STEPS,
     "valid_fraction": 0.1,
@@ -56,36 +47,18 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+def make_config(**changes: Any) -> PretrainConfig:
+    return configuration.build(PretrainConfig, {**SETTINGS, **changes}, section="pretrain")
+
+
 def pretrain(dataset: Path, output: Path, **changes: Any) -> None:
     """Run the stage on this rank."""
-    config = configuration.build(PretrainConfig, {**SETTINGS, **changes}, section="pretrain")
-    inputs = {"dataset": dataset}
-    context = Context(
-        inputs=inputs,
-        output=output,
-        fingerprint=STAGE.fingerprint(config, inputs),
-        log_dir=output.with_name(output.name + ".logs"),
-    )
-    training.run(config, context)
-
-
-class _VanishedError(Exception):
-    pass
+    config = make_config(**changes)
+    training.run(config, context_of(config, dataset, output))
 
 
 def pretrain_until(dataset: Path, output: Path, step: int, **changes: Any) -> None:
-    """Run the stage, but vanish right after a step, as after a SIGKILL."""
-    original = training.Trainer._one_step
-
-    def one_step(self: training.Trainer, batches: Any) -> dict[str, float]:
-        if self.step == step:
-            raise _VanishedError
-        return original(self, batches)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Trainer, "_one_step", one_step)
-        with contextlib.suppress(_VanishedError):
-            pretrain(dataset, output, **changes)
+    run_until(make_config(**changes), dataset, output, step=step)
 
 
 @pytest.fixture(scope="module")

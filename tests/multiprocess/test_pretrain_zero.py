@@ -1,6 +1,5 @@
 """Every ZeRO stage on two ranks follows plain AdamW; stopped runs go on as if never stopped."""
 
-import contextlib
 import math
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from alignrec import artifacts, configuration
 from alignrec.distributed.process_group import barrier, process_group
 from alignrec.errors import StageFailure
-from alignrec.pretrain import STAGE, training
+from alignrec.pretrain import training
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import open_training_data
 from alignrec.pretrain.engine import deepspeed_group
@@ -22,9 +21,9 @@ from alignrec.pretrain.optimizer import parameter_groups
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
 from alignrec.pretrain.word_vectors import read_word_vectors, write_word_vectors
-from alignrec.stage import Context
 from alignrec.telemetry import read_history
 from alignrec.testing.datasets import write_dataset
+from alignrec.testing.pretraining import TINY_ENCODER, context_of, run_until
 from alignrec.testing.processes import run_ranks
 
 pytestmark = pytest.mark.multiprocess
@@ -34,15 +33,7 @@ NOT_A_NUMBER = r"not a number at step \d+ \(among item_index \d+.*learning_rate"
 # The last batch of an epoch is short, so the second rank's last micro batch is empty.
 SETTINGS: dict[str, Any] = {
     "seed": 3,
-    "encoder": {
-        "num_layers": 2,
-        "width": 16,
-        "num_heads": 2,
-        "hidden": 24,
-        "image_size": 16,
-        "patch_size": 4,
-        "max_text_tokens": 20,
-    },
+    "encoder": {**TINY_ENCODER, "max_text_tokens": 20},
     "tokenizer": {"vocabulary_size": 320},
     "objective": {"image_weight": 0.5, "summary_weight": 0.8},
     "max_steps": NUM_STEPS,
@@ -69,39 +60,14 @@ def make_config(**changes: Any) -> PretrainConfig:
     return configuration.build(PretrainConfig, {**SETTINGS, **changes}, section="pretrain")
 
 
-def make_context(dataset: Path, output: Path, config: PretrainConfig) -> Context:
-    inputs = {"dataset": dataset}
-    return Context(
-        inputs=inputs,
-        output=output,
-        fingerprint=STAGE.fingerprint(config, inputs),
-        log_dir=output.with_name(output.name + ".logs"),
-    )
-
-
 def pretrain(dataset: Path, output: Path, **changes: Any) -> None:
     """Run the stage on this rank."""
     config = make_config(**changes)
-    training.run(config, make_context(dataset, output, config))
+    training.run(config, context_of(config, dataset, output))
 
 
 def pretrain_until(dataset: Path, output: Path, step: int, **changes: Any) -> None:
-    """Run the stage, but vanish right after a step, as after a SIGKILL between two checkpoints."""
-    original = training.Trainer._one_step
-
-    def one_step(self: training.Trainer, batches: Any) -> dict[str, float]:
-        if self.step == step:
-            raise _VanishedError
-        return original(self, batches)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Trainer, "_one_step", one_step)
-        with contextlib.suppress(_VanishedError):
-            pretrain(dataset, output, **changes)
-
-
-class _VanishedError(Exception):
-    pass
+    run_until(make_config(**changes), dataset, output, step=step)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +239,10 @@ def test_a_run_that_only_had_to_be_published_has_no_speed(dataset: Path, tmp_pat
     facts = artifacts.read(tmp_path / "encoder").facts
     assert "samples_per_second" not in facts
     assert facts["num_ranks"] == 1
+
+
+class _VanishedError(Exception):
+    pass
 
 
 def publish_later(dataset: Path, output: Path) -> None:

@@ -15,17 +15,9 @@ from alignrec.pretrain.deepspeed_config import deepspeed_settings
 from alignrec.pretrain.encoder import Encoder
 from alignrec.pretrain.objective import MaskedModel, build_model
 from alignrec.pretrain.optimizer import depth_of, parameter_groups
+from alignrec.testing.pretraining import TINY_ENCODER
 
-TINY = {
-    "encoder": {
-        "num_layers": 2,
-        "width": 16,
-        "num_heads": 2,
-        "hidden": 24,
-        "image_size": 16,
-        "patch_size": 4,
-    }
-}
+TINY = {"encoder": TINY_ENCODER}
 
 
 def make_config(**section: object) -> PretrainConfig:

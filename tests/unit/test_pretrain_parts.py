@@ -29,17 +29,9 @@ from alignrec.pretrain.objective import MaskedBatch, build_model
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import load_words, train, write_tokenizer
 from alignrec.testing.datasets import write_dataset
+from alignrec.testing.pretraining import TINY_ENCODER
 
-TINY = {
-    "encoder": {
-        "num_layers": 2,
-        "width": 16,
-        "num_heads": 2,
-        "hidden": 24,
-        "image_size": 16,
-        "patch_size": 4,
-    }
-}
+TINY = {"encoder": TINY_ENCODER}
 MASKS = MaskSettings(
     seed=1,
     patch_ratio=0.4,
