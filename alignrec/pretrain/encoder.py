@@ -107,12 +107,21 @@ def patchify(
 
     Values of a patch come in the order (channel, row, column) of a convolution's weight.
     """
+    return cut_patches(images, patch_size).float() / 127.5 - 1.0
+
+
+def cut_patches(
+    images: UInt8[Tensor, "batch size size 3"], patch_size: int
+) -> UInt8[Tensor, "batch patches values"]:
+    """Cut pictures into patches, pixels as they are.
+
+    Values of a patch come in the order (channel, row, column) of a convolution's weight.
+    """
     batch, size = images.shape[:2]
     side = size // patch_size
     # (batch, grid, patch, grid, patch, 3) -> (batch, grid, grid, 3, patch, patch)
     grid = images.reshape(batch, side, patch_size, side, patch_size, CHANNELS)
-    patches = grid.permute(0, 1, 3, 5, 2, 4).reshape(batch, side * side, -1)
-    return patches.float() / 127.5 - 1.0
+    return grid.permute(0, 1, 3, 5, 2, 4).reshape(batch, side * side, -1)
 
 
 def unpatchify(
