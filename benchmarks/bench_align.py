@@ -262,14 +262,14 @@ def compare_negatives(inputs: Inputs, rounds: int) -> dict[str, Any]:
     pool = candidates.tolist()
 
     def by_arrays(epoch: int) -> Tensor:
-        parts = zip(user.split(16_384), item.split(16_384), strict=True)
-        return torch.cat(
-            [
-                draw_negatives(
-                    u, i, rows=u, positives=positives, candidates=candidates, seed=0, epoch=epoch
-                )
-                for u, i in parts
-            ]
+        return draw_negatives(
+            user,
+            item,
+            rows=user,
+            positives=positives,
+            candidates=candidates,
+            seed=0,
+            epoch=epoch,
         ).squeeze(1)
 
     def by_rows(draw: Callable[[], int]) -> list[int]:

@@ -9,6 +9,7 @@ STAGE = Stage(
     kind="embeddings",
     config="alignrec.align.config:AlignConfig",
     run="alignrec.align.training:run",
+    version=2,  # 2: other negatives
     inputs=("dataset", "features", "graph"),
     optional_inputs=(),
 )

@@ -1,24 +1,41 @@
-"""Items that a user has not interacted with, drawn at random (triples of both training modes)."""
+"""Items that a user has not interacted with, drawn at random (triples of both training modes).
+
+Draws are made in the host's memory by NumPy, whose 64-bit integer arithmetic is vectorised and
+writes in place; a block of them stays in the processor's second-level cache.
+"""
 
 import dataclasses
 import functools
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int, Int64, UInt8
 from torch import Tensor
 
 from alignrec.errors import UserError
-from alignrec.graph.hashing import hash_ids, salt, uniform_below
+from alignrec.graph.hashing import GOLDEN, finalize_in_place, salt
 
 _STREAM = 0x4E4547
-_MAX_DRAWS = 128
+# Keys of a slot: the first draw, 128 more for what is rejected, some at once, and the last resort.
+_AT_ONCE = 4
+_KEYS = 1 + 32 * _AT_ONCE + 1
+_HALF_WORD = np.int64(32)
+_GOLDEN = np.uint64(GOLDEN)
 # Up to this many (row, item) pairs there is a bit for each of them: 128 MiB.
 _MAX_BITS = 2**30
+# Triples that are worked on at once: some arrays of 64 kB.
+_BLOCK = 8192
+
+Integers = npt.NDArray[np.integer[Any]]
+Indices = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
 
 
 @dataclasses.dataclass(frozen=True)
 class Positives:
-    """Each user's training items, as sorted lists.
+    """Each user's training items, as sorted lists in the host's memory.
 
     Attributes:
         indptr: the list of row r lies at ``indptr[r]`` .. ``indptr[r + 1]``.
@@ -40,24 +57,39 @@ class Positives:
         num_rows = len(indptr) - 1
         if num_rows * num_items > _MAX_BITS:
             return cls(indptr, items)
-        rows = torch.arange(num_rows, device=indptr.device).repeat_interleave(indptr.diff())
+        rows = torch.arange(num_rows).repeat_interleave(indptr.diff())
         pairs = rows * num_items + items
-        bits = torch.zeros(num_rows * num_items // 8 + 1, dtype=torch.uint8, device=indptr.device)
+        bits = torch.zeros(num_rows * num_items // 8 + 1, dtype=torch.uint8)
         # Every pair occurs once, so adding bits is setting them.
         bits.index_add_(0, pairs >> 3, (1 << (pairs & 7)).to(torch.uint8))
         return cls(indptr, items, bits, num_items)
 
     def contains(self, rows: Int64[Tensor, " n"], items: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Tell for each (row, item) whether the item is in the row's list."""
-        if self.bitmap is None:
-            return self._found(rows, items)
-        pairs = rows * self.width + items
-        return (self.bitmap.index_select(0, pairs >> 3) >> (pairs & 7)) & 1 != 0
+        return torch.from_numpy(self.lookup(rows.numpy(), items.to(torch.int64).numpy()))
+
+    def lookup(self, rows: Indices, items: Indices) -> npt.NDArray[np.bool_]:
+        """Do what ``contains`` does, on arrays."""
+        if self._bytes is None:
+            return self._found(torch.from_numpy(rows), torch.from_numpy(items)).numpy()
+        pairs = rows * self.width
+        pairs += items
+        place = pairs.astype(np.uint8)
+        place &= 7
+        pairs >>= 3
+        bits = self._bytes.take(pairs)
+        bits >>= place
+        bits &= 1
+        return bits.view(np.bool_)
 
     @functools.cached_property
     def longest(self) -> int:
         """Items in the longest list."""
         return int(self.indptr.diff().max()) if len(self.indptr) > 1 else 0
+
+    @functools.cached_property
+    def _bytes(self) -> npt.NDArray[np.uint8] | None:
+        return None if self.bitmap is None else self.bitmap.numpy()
 
     def _found(self, rows: Tensor, items: Tensor) -> Tensor:
         """Look by bisection."""
@@ -91,8 +123,8 @@ def draw_negatives(
     The draw is a function of (seed, epoch, user, item, slot): the same on any rank, in any batch.
 
     Args:
-        users: user_index of each training interaction.
-        items: item_index of it.
+        users: user_index of each training interaction, below 2**32.
+        items: item_index of it, below 2**32.
         rows: the user's row in ``positives``; with all users there, ``users`` itself.
         positives: training items of the users.
         candidates: items that occur in training, ascending.
@@ -104,31 +136,91 @@ def draw_negatives(
         UserError: a user has interacted with every candidate.
     """
     _check_choice(users, rows, positives, len(candidates))
-    pairs = hash_ids(items, hash_ids(users, salt(seed, epoch, _STREAM)))
-    slots = torch.arange(num_negatives, device=users.device)
-    identities = hash_ids(pairs[:, None] + slots, salt(_STREAM)).ravel()
-    if num_negatives > 1:
-        rows = rows.repeat_interleave(num_negatives)
-    result, taken = _draw(identities, rows, positives, candidates, draw=0)
-    pending = taken.nonzero().squeeze(1)
-    for draw in range(1, _MAX_DRAWS):
-        if len(pending) == 0:
-            return result.view(-1, num_negatives)
-        drawn, taken = _draw(identities[pending], rows[pending], positives, candidates, draw=draw)
-        result[pending] = drawn
-        pending = pending[taken]
-    for place in pending.tolist():  # users with nearly all candidates: list what is left
-        result[place] = _pick_free(int(rows[place]), identities[place], positives, candidates)
-    return result.view(-1, num_negatives)
+    drawer = _Drawer(positives, candidates.numpy(), salt(seed, epoch, _STREAM))
+    result = np.empty((len(users), num_negatives), dtype=np.int64)
+    for slot in range(num_negatives):
+        drawer.fill(result[:, slot], users.numpy(), items.numpy(), rows.numpy(), slot)
+    return torch.from_numpy(result)
 
 
-def _draw(
-    identities: Tensor, rows: Tensor, positives: Positives, candidates: Tensor, *, draw: int
-) -> tuple[Tensor, Tensor]:
-    """Return a candidate for each, and which of them are positives."""
-    places = uniform_below(hash_ids(identities, salt(draw)), len(candidates))
-    drawn = candidates.index_select(0, places).to(torch.int64)
-    return drawn, positives.contains(rows, drawn)
+class _Drawer:
+    """Draws of one epoch."""
+
+    def __init__(self, positives: Positives, candidates: Integers, key: int) -> None:
+        self._positives = positives
+        self._candidates = candidates
+        self._key = np.int64(key).view(np.uint64)
+
+    def fill(
+        self, result: Indices, users: Integers, items: Integers, rows: Indices, slot: int
+    ) -> None:
+        """Draw one item for each interaction into ``result``."""
+        keys = self._keys(slot)
+        pending = self._draw_all(result, users, items, rows, keys[:1])
+        for draw in range(1, _KEYS - 1, _AT_ONCE):
+            if not len(pending):
+                return
+            pairs = _pairs(users[pending], items[pending])[:, None]
+            drawn = self._draw(pairs, keys[draw : draw + _AT_ONCE])  # (pending, draws)
+            asked = np.repeat(rows[pending], drawn.shape[1])
+            taken = self._positives.lookup(asked, drawn.ravel()).reshape(drawn.shape)
+            chosen = np.arange(len(pending)), taken.argmin(axis=1)  # the first that is none
+            result[pending] = drawn[chosen]
+            pending = pending[taken[chosen]]
+        for place in pending.tolist():  # users with nearly all candidates: list what is left
+            one = slice(place, place + 1)
+            hashes = finalize_in_place(_pairs(users[one], items[one]) ^ keys[-1:])
+            result[place] = self._pick_free(int(rows[place]), hashes)
+
+    def _draw_all(
+        self, result: Indices, users: Integers, items: Integers, rows: Indices, key: Words
+    ) -> Indices:
+        """Draw one item for each interaction and return the places of those that are positives."""
+        places = [np.empty(0, dtype=np.int64)]
+        for first in range(0, len(users), _BLOCK):
+            block = slice(first, first + _BLOCK)
+            drawn = self._draw(_pairs(users[block], items[block]), key)
+            result[block] = drawn
+            (taken,) = self._positives.lookup(rows[block], drawn).nonzero()
+            places.append(taken + first)
+        return np.concatenate(places)
+
+    def _keys(self, slot: int) -> Words:
+        """Return the key of each draw for a slot."""
+        numbers = np.arange(slot * _KEYS, (slot + 1) * _KEYS, dtype=np.uint64)
+        numbers *= _GOLDEN
+        numbers += self._key
+        return finalize_in_place(numbers)
+
+    def _draw(self, pairs: Words, keys: Words) -> Indices:
+        """Return an item for each (user, item) and key."""
+        places = uniform_places(finalize_in_place(pairs ^ keys), len(self._candidates))
+        return self._candidates.take(places).astype(np.int64, copy=False)
+
+    def _pick_free(self, row: int, hashes: Words) -> int:
+        first, last = (int(self._positives.indptr[r]) for r in (row, row + 1))
+        free = np.setdiff1d(self._candidates, self._positives.items[first:last].numpy())
+        return int(free[uniform_places(hashes, len(free))[0]])
+
+
+def uniform_places(hashes: Words, count: int) -> Indices:
+    """Map hashes to 0 .. count - 1 by multiplication and shift, in place.
+
+    As many leading bits are multiplied as leave room for the product in 64 bits, so the chances
+    of two places differ by less than count / 2**(64 - bits of count): a thousandth at 100 million.
+    """
+    bits = 64 - count.bit_length()
+    hashes >>= np.uint64(64 - bits)
+    hashes *= np.uint64(count)
+    hashes >>= np.uint64(bits)
+    return hashes.view(np.int64)
+
+
+def _pairs(users: Integers, items: Integers) -> Words:
+    """Return a number for each (user, item), another one for another pair."""
+    pairs = users << _HALF_WORD
+    pairs |= items
+    return pairs.view(np.uint64)
 
 
 def _check_choice(users: Tensor, rows: Tensor, positives: Positives, num_candidates: int) -> None:
@@ -141,9 +233,3 @@ def _check_choice(users: Tensor, rows: Tensor, positives: Positives, num_candida
             f"items that occur in training, so there is no item that the user does not prefer. "
             f"Remove such users in data_prep, or add items."
         )
-
-
-def _pick_free(row: int, identity: Tensor, positives: Positives, candidates: Tensor) -> Tensor:
-    own = positives.items[positives.indptr[row] : positives.indptr[row + 1]]
-    free = candidates[~torch.isin(candidates, own)]
-    return free[uniform_below(identity, len(free))]

@@ -1,12 +1,18 @@
 """Negatives: never a positive, uniform over what is left, a function of the interaction alone."""
 
-import math
+import itertools
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from alignrec.errors import UserError
-from alignrec.graph.negatives import Positives, draw_negatives
+from alignrec.graph import negatives
+from alignrec.graph.hashing import salt
+from alignrec.graph.negatives import Positives, draw_negatives, uniform_places
+
+WORD = 1 << 64
 
 
 def random_positives(
@@ -87,10 +93,23 @@ def test_users_with_one_item_left_get_it() -> None:
     assert found.tolist() == [[123], [123]]
 
 
+def draws(num_users: int, num_items: int, candidates: int, **changes: int) -> torch.Tensor:
+    """Return the negatives of all (user, item) pairs of users that like nothing."""
+    users, items = (x.ravel() for x in torch.meshgrid(
+        torch.arange(num_users), torch.arange(num_items), indexing="ij"))  # fmt: skip
+    return draw_negatives(
+        users,
+        items,
+        rows=users,
+        positives=Positives(torch.zeros(num_users + 1, dtype=torch.int64), torch.empty(0).int()),
+        candidates=torch.arange(candidates),
+        **{"seed": 0, "epoch": 0, **changes},
+    )
+
+
 def test_uniform_over_what_is_left() -> None:
-    indptr = torch.tensor([0, 2])
-    positives = Positives(indptr, torch.tensor([2, 4]))
-    n = 20_000
+    positives = Positives(torch.tensor([0, 2]), torch.tensor([2, 4]))
+    n = 50_000
     users = torch.zeros(n, dtype=torch.int64)
     found = draw_negatives(
         users,
@@ -101,10 +120,91 @@ def test_uniform_over_what_is_left() -> None:
         seed=0,
         epoch=0,
     )
-    counts = torch.bincount(found.ravel(), minlength=10).double()
+    counts = torch.bincount(found.ravel(), minlength=10)
     assert counts[[2, 4]].sum() == 0
-    left = counts[[0, 1, 3, 5, 6, 7, 8, 9]]
-    assert float((left - n / 8).abs().max()) < 5 * math.sqrt(n / 8)
+    assert stats.chisquare(counts[[0, 1, 3, 5, 6, 7, 8, 9]]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("candidates", [2, 7, 64, 1000, 1023])
+@pytest.mark.parametrize(("num_users", "num_items"), [(1, 60_000), (60_000, 1), (250, 240)])
+def test_uniform_over_users_and_items(num_users: int, num_items: int, candidates: int) -> None:
+    counts = np.bincount(draws(num_users, num_items, candidates).ravel(), minlength=candidates)
+    assert len(counts) == candidates
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param({"epoch": 0}, {"epoch": 1}, id="epochs"),
+        pytest.param({"epoch": 6}, {"epoch": 7}, id="later epochs"),
+        pytest.param({"seed": 3}, {"seed": 4}, id="seeds"),
+    ],
+)
+def test_independent_of_other_epochs_and_seeds(
+    first: dict[str, int], second: dict[str, int]
+) -> None:
+    one, other = (draws(300, 200, 16, **changes).ravel() for changes in (first, second))
+    assert_independent(one, other)
+
+
+def test_independent_of_other_slots_and_interactions() -> None:
+    found = draws(300, 200, 16, num_negatives=3)
+    for one, other in itertools.combinations(range(3), 2):
+        assert_independent(found[:, one], found[:, other])
+    table = found[:, 0].view(300, 200)
+    for step in (1, 2, 8, 64):
+        assert_independent(table[:, :-step].ravel(), table[:, step:].ravel())
+        assert_independent(table[:-step].ravel(), table[step:].ravel())
+
+
+def assert_independent(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Compare how often each pair of two of 16 candidates comes with what chance would do."""
+    pairs = torch.bincount(one * 16 + other, minlength=256)
+    assert stats.chisquare(pairs).pvalue > 1e-4
+
+
+def test_places_are_even_to_the_last_bit() -> None:
+    """Each place gets as many of the numbers that matter, but for one."""
+    for count in (1, 2, 3, 100, 255, 256):
+        bits = 64 - count.bit_length()
+        edges = np.array([0, 1, WORD // 2, WORD - 1], dtype=np.uint64)
+        assert uniform_places(edges.copy(), count).tolist() == [
+            (int(word) >> (64 - bits)) * count >> bits for word in edges
+        ]
+        assert int(uniform_places(edges[-1:].copy(), count)[0]) == count - 1
+        even = np.arange(256, dtype=np.uint64) << np.uint64(56)
+        counts = np.bincount(uniform_places(even, count), minlength=count)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_a_rejected_draw_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing by blocks and several at once gives what one after another would."""
+    monkeypatch.setattr(negatives, "_BLOCK", 50)
+    positives, liked = random_positives(30, 40, 0.6)
+    users, items, found = draw(positives, liked)
+    candidates = liked.any(0).nonzero()[:, 0].tolist()
+    key = salt(1, 0, 0x4E4547)
+    for user, item, row in zip(users.tolist(), items.tolist(), found.tolist(), strict=True):
+        for slot, negative in enumerate(row):
+            one_by_one = (
+                candidates[place_of((user << 32) | item, key, slot, draw, len(candidates))]
+                for draw in range(129)
+            )
+            assert negative == next(i for i in one_by_one if not liked[user, i])
+
+
+def place_of(pair: int, key: int, slot: int, draw: int, count: int) -> int:
+    """Return a draw's place by arithmetic of whole numbers."""
+    number = (slot * 130 + draw) * 0x9E3779B97F4A7C15 + key
+    bits = 64 - count.bit_length()
+    return (mixed(pair ^ mixed(number)) >> (64 - bits)) * count >> bits
+
+
+def mixed(word: int) -> int:
+    word %= WORD
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % WORD
+    return (word ^ (word >> 27)) * 0x94D049BB133111EB % WORD
 
 
 def test_depends_on_the_interaction_alone() -> None:
