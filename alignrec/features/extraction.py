@@ -29,7 +29,7 @@ from alignrec.errors import StageFailure, UserError
 from alignrec.features import rows
 from alignrec.features.config import ExtractionConfig, FeaturesConfig
 from alignrec.features.importing import write_imported
-from alignrec.pretrain.encoder import Encoder, load_encoder, pool
+from alignrec.pretrain.encoder import ContentEncoder, load_encoder, pool
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
@@ -168,7 +168,7 @@ class _WorkFiles:
             rows.create(self.done, (self.num_batches, 1), "bool")
 
 
-def _item_reader(context: Context, encoder: Encoder, shards: ShardReader) -> ItemReader:
+def _item_reader(context: Context, encoder: ContentEncoder, shards: ShardReader) -> ItemReader:
     architecture = encoder.architecture
     words = load_words(
         context.inputs["encoder"] / TOKENIZER, max_length=architecture.max_text_tokens
@@ -185,7 +185,7 @@ def _item_reader(context: Context, encoder: Encoder, shards: ShardReader) -> Ite
 class _Worker:
     """Encodes this rank's range of batches."""
 
-    encoder: Encoder
+    encoder: ContentEncoder
     mask: npt.NDArray[np.bool_]
     config: FeaturesConfig
     rank: Rank

@@ -1,6 +1,7 @@
 """Shapes of an encoder, without torch, for configuration and planning."""
 
 import dataclasses
+from typing import Any, Literal
 
 CHANNELS = 3
 
@@ -45,3 +46,58 @@ class Architecture:
     def patch_values(self) -> int:
         """Numbers in one patch: channels x height x width."""
         return CHANNELS * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionTower:
+    """A vision model of transformers.
+
+    Attributes:
+        config: its own configuration, with model_type.
+        width: size of its last hidden states.
+        places_per_side: side of the square grid that they form.
+        first_place: leading states that are no place of the grid (CLS, registers).
+        interpolate: whether its positions are interpolated to the encoder's image_size.
+        mean: of each channel, subtracted from pixels in 0 .. 1.
+        std: of each channel, by which they are divided then.
+        frozen: whether its weights stay as they are.
+    """
+
+    config: dict[str, Any]
+    width: int
+    places_per_side: int
+    first_place: int
+    interpolate: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTower:
+    """A text model of transformers.
+
+    Attributes:
+        config: its own configuration, with model_type.
+        width: size of its last hidden states.
+        frozen: whether its weights stay as they are.
+    """
+
+    config: dict[str, Any]
+    width: int
+    frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowersArchitecture(Architecture):
+    """A fusion transformer, whose shapes the base class tells, over the states of two towers.
+
+    Attributes:
+        vision: what reads the pictures.
+        text: what reads the texts.
+        kind: tells this architecture from the multiway transformer in ``encoder.json``.
+    """
+
+    vision: VisionTower
+    text: TextTower
+    kind: Literal["towers"] = "towers"

@@ -8,7 +8,7 @@ from typing import Literal
 from alignrec import configuration
 from alignrec.configuration import option
 from alignrec.errors import UserError
-from alignrec.pretrain.architecture import Architecture
+from alignrec.pretrain.architecture import Architecture, TowersArchitecture
 
 SIZES = {
     # name: layers, width, heads, hidden
@@ -17,43 +17,104 @@ SIZES = {
     "base": (12, 768, 12, 3072),
     "large": (24, 1024, 16, 4096),
 }
+# A fusion over towers: its layers, and the width of one of its attention heads.
+TOWER_LAYERS, TOWER_HEAD = 2, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Shape of the multiway transformer."""
+    """Shape of the multiway transformer, and the towers below it where there are any."""
 
+    kind: Literal["multiway", "towers"] = option(
+        "multiway",
+        "multiway: BEiT-3's transformer from the pixels and tokens up; towers: a transformer over "
+        "the states of a vision and a text model of transformers",
+    )
+    vision: str | None = option(
+        None, "towers: folder or hub id of a transformers vision model (safetensors)"
+    )
+    text: str | None = option(
+        None, "towers: folder or hub id of a transformers text model (safetensors)"
+    )
+    frozen: tuple[Literal["vision", "text"], ...] = option(
+        (), "towers whose weights stay as they are: less time and memory"
+    )
+    tower_rate: float = option(
+        1.0, "learning rate of the towers, as a share of the fusion's", minimum=0, maximum=1
+    )
     size: Literal["tiny", "small", "base", "large"] = option(
         "tiny", "preset of layers / width / heads / hidden; base and large are BEiT-3's"
     )
-    num_layers: int | None = option(None, "transformer layers, instead of the preset's", minimum=1)
-    width: int | None = option(None, "hidden state size, instead of the preset's", minimum=8)
-    num_heads: int | None = option(None, "attention heads, instead of the preset's", minimum=1)
-    hidden: int | None = option(None, "feed-forward size, instead of the preset's", minimum=8)
+    num_layers: int | None = option(
+        None, "transformer layers, instead of the preset's (towers: 2)", minimum=1
+    )
+    width: int | None = option(
+        None, "hidden state size, instead of the preset's (towers: the text tower's)", minimum=8
+    )
+    num_heads: int | None = option(
+        None,
+        "attention heads, instead of the preset's (towers: one for 64 of the width)",
+        minimum=1,
+    )
+    hidden: int | None = option(
+        None, "feed-forward size, instead of the preset's (towers: 4 x the width)", minimum=8
+    )
     image_size: int = option(64, "side of the square picture in pixels", minimum=8)
     patch_size: int = option(16, "side of a patch in pixels", minimum=2)
     max_text_tokens: int = option(
         128, "longest text in tokens, the two at its ends included", minimum=4, maximum=1022
     )
 
+    def __post_init__(self) -> None:
+        """Refuse settings of the other kind.
+
+        Raises:
+            UserError: towers without models, or settings that have no effect on this kind.
+        """
+        if self.kind == "towers":
+            absent = [name for name in ("vision", "text") if getattr(self, name) is None]
+            if absent:
+                raise UserError(
+                    f"pretrain.encoder.kind=towers needs pretrain.encoder.{absent[0]}: a folder or "
+                    f"hub id of a transformers {absent[0]} model. Set it."
+                )
+            idle = ["size"] if self.size != EncoderConfig.size else []
+        else:
+            names = ("vision", "text", "frozen", "tower_rate")
+            idle = [name for name in names if getattr(self, name) != getattr(EncoderConfig, name)]
+        if idle:
+            raise UserError(
+                f"pretrain.encoder.{idle[0]} has no effect on pretrain.encoder.kind={self.kind}. "
+                f"Leave one of the two out."
+            )
+
     def architecture(self, vocabulary_size: int) -> Architecture:
         """Return the resolved shapes.
 
         Raises:
-            UserError: sizes that do not divide each other.
+            UserError: sizes that do not divide each other, or a tower that cannot be read.
         """
-        layers, width, heads, hidden = SIZES[self.size]
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"pretrain.encoder: image_size={self.image_size} is no multiple of "
+                f"patch_size={self.patch_size}, so pixels would be left over. Change one of them."
+            )
+        return (
+            self._towers(vocabulary_size)
+            if self.kind == "towers"
+            else self._shapes(vocabulary_size, *SIZES[self.size])
+        )
+
+    def _shapes(
+        self, vocabulary_size: int, layers: int, width: int, heads: int, hidden: int
+    ) -> Architecture:
+        """Return the shapes, the given ones being for what is not set."""
         width = self.width or width
         heads = self.num_heads or heads
         if width % heads:
             raise UserError(
                 f"pretrain.encoder: width={width} cannot be split over num_heads={heads}. "
                 f"Choose a width that is a multiple of the number of heads."
-            )
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"pretrain.encoder: image_size={self.image_size} is no multiple of "
-                f"patch_size={self.patch_size}, so pixels would be left over. Change one of them."
             )
         return Architecture(
             num_layers=self.num_layers or layers,
@@ -65,6 +126,27 @@ class EncoderConfig:
             vocabulary_size=vocabulary_size,
             max_text_tokens=self.max_text_tokens,
         )
+
+    def _towers(self, vocabulary_size: int) -> TowersArchitecture:
+        from alignrec.pretrain.tower_models import text_tower, vision_tower  # these load torch
+
+        assert self.vision is not None
+        assert self.text is not None
+        vision = vision_tower(
+            self.vision, image_size=self.image_size, frozen="vision" in self.frozen
+        )
+        text = text_tower(
+            self.text,
+            vocabulary_size=vocabulary_size,
+            max_tokens=self.max_text_tokens,
+            frozen="text" in self.frozen,
+        )
+        width = self.width or text.width
+        fusion = self._shapes(
+            vocabulary_size, TOWER_LAYERS, width, max(width // TOWER_HEAD, 1), 4 * width
+        )
+        shapes = dataclasses.asdict(fusion) | {"num_text_positions": self.max_text_tokens + 2}
+        return TowersArchitecture(**shapes, vision=vision, text=text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +181,8 @@ class TokenizerConfig:
     path: str | None = option(
         None,
         "a tokenizer.json, a sentencepiece model (beit3.spm), or a folder or hub id of a "
-        "transformers tokenizer; without one it is trained on the catalogue's text",
+        "transformers tokenizer; without one it is trained on the catalogue's text, and towers "
+        "take their text model's",
     )
     vocabulary_size: int = option(
         4096, "tokens of a trained tokenizer, at most (a smaller catalogue has fewer)", minimum=300
@@ -262,11 +345,14 @@ class PretrainConfig:
     )
 
     def __post_init__(self) -> None:
-        """Refuse settings that contradict each other.
+        """Refuse settings that contradict each other, and take the text tower's tokenizer.
 
         Raises:
-            UserError: given token embeddings for a tokenizer that is trained here.
+            UserError: given token embeddings for a tokenizer that is trained here, or first
+                vectors for embeddings that a tower has.
         """
+        if self.encoder.kind == "towers":
+            self._take_tower_tokenizer()
         if self.initial.checkpoint is not None and self.tokenizer.path is None:
             raise UserError(
                 f"pretrain.initial.checkpoint={self.initial.checkpoint} holds embeddings of its "
@@ -274,9 +360,25 @@ class PretrainConfig:
                 f"pretrain.tokenizer.path to the checkpoint's tokenizer (beit3.spm for BEiT-3)."
             )
 
+    def _take_tower_tokenizer(self) -> None:
+        tokenizer = self.tokenizer
+        if tokenizer.initial_vectors != TokenizerConfig.initial_vectors:
+            raise UserError(
+                f"pretrain.tokenizer.initial_vectors={tokenizer.initial_vectors} has no effect on "
+                f"pretrain.encoder.kind=towers, whose text tower has its own. Leave it out."
+            )
+        if tokenizer.path is None:
+            given = dataclasses.replace(tokenizer, path=self.encoder.text)
+            object.__setattr__(self, "tokenizer", given)
+
     def source_identity(self) -> str:
-        """Return a digest of the given tokenizer's and checkpoint's content."""
-        given = [self.tokenizer.path, self.initial.checkpoint]
+        """Return a digest of what is given: the tokenizer's, checkpoint's and towers' content."""
+        given = [
+            self.tokenizer.path,
+            self.initial.checkpoint,
+            self.encoder.vision,
+            self.encoder.text,
+        ]
         return configuration.digest([_content(Path(path)) for path in given if path is not None])
 
     def split_batch(self, num_ranks: int) -> tuple[int, int]:

@@ -1,12 +1,15 @@
 """The content encoder: picture and text of an item in, hidden states and one feature out.
 
-BEiT-3 (Wang et al. 2023) as torchscale's ``model/BEiT3.py`` builds it, with its parameter names.
+``Encoder`` is BEiT-3 (Wang et al. 2023) as torchscale's ``model/BEiT3.py`` builds it, with its
+parameter names; ``towers.Towers`` is the other kind.
 """
 
+import abc
 import dataclasses
+import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from alignrec import artifacts, configuration
 from alignrec.errors import UserError
-from alignrec.pretrain.architecture import CHANNELS, Architecture
+from alignrec.pretrain.architecture import CHANNELS, Architecture, TowersArchitecture
 from alignrec.pretrain.multiway import POSITION_OFFSET, MultiwayEncoder, Streams
 
 ARCHITECTURE = "encoder.json"
@@ -55,7 +58,38 @@ class VisionEmbedding(nn.Module):
         return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
 
 
-class Encoder(nn.Module):
+class ContentEncoder(nn.Module, abc.ABC):
+    """What every kind of encoder is to the objective, the engine and the features.
+
+    Attributes:
+        architecture: its shapes.
+        encoder: the multiway transformer on top.
+    """
+
+    architecture: Architecture
+    encoder: MultiwayEncoder
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        images: UInt8[Tensor, "batch size size 3"],
+        has_image: Bool[Tensor, " batch"],
+        tokens: Int64[Tensor, "batch length"],
+        text_padding: Bool[Tensor, "batch length"],
+        masked_patches: Bool[Tensor, "batch patches"] | None = None,
+    ) -> Streams:
+        """Encode items; patches of an absent picture and padded tokens are not attended to."""
+
+    @abc.abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw all parameters from torch's default generator."""
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """Return the weights that are no parameters, because they never change."""
+        return {}
+
+
+class Encoder(ContentEncoder):
     """BEiT-3: multiway transformer over [CLS, patches, text tokens]."""
 
     def __init__(self, architecture: Architecture) -> None:
@@ -165,19 +199,59 @@ def save_encoder(architecture: Architecture, folder: Path, state: dict[str, Tens
     save_file({name: t.float().contiguous() for name, t in state.items()}, folder / WEIGHTS)
 
 
-def load_encoder(folder: Path) -> Encoder:
+def make_encoder(architecture: Architecture) -> ContentEncoder:
+    """Return an encoder of the architecture's kind."""
+    if isinstance(architecture, TowersArchitecture):
+        from alignrec.pretrain.towers import Towers  # transformers takes seconds to import
+
+        return Towers(architecture)
+    return Encoder(architecture)
+
+
+def load_encoder(folder: Path) -> ContentEncoder:
     """Return the encoder of an artifact, on CPU and in evaluation mode.
 
     Raises:
         UserError: the weights are damaged or do not fit the architecture.
     """
-    mapping = configuration.load_yaml(folder / ARCHITECTURE)  # JSON is YAML
-    encoder = Encoder(configuration.build(Architecture, mapping, section=ARCHITECTURE))
+    mapping = _read_architecture(folder / ARCHITECTURE)
+    kind = TowersArchitecture if mapping.get("kind") == "towers" else Architecture
+    encoder = make_encoder(configuration.build(kind, mapping, section=ARCHITECTURE))
     try:
-        encoder.load_state_dict(load_file(folder / WEIGHTS))
+        load_weights(encoder, load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder / WEIGHTS} does not hold the weights of {ARCHITECTURE} beside it "
             f"({str(error).splitlines()[0]}). Run pretrain again."
         ) from error
     return encoder.eval()
+
+
+def _read_architecture(path: Path) -> dict[str, Any]:
+    """Read it as JSON: a reader of YAML takes the number 1e-12 for a text."""
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}). Run pretrain again.") from error
+    if not isinstance(mapping, dict):
+        raise UserError(f"{path} holds no encoder's architecture. Run pretrain again.")
+    return mapping
+
+
+def load_weights(encoder: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Set every parameter and frozen weight; buffers that follow from the shapes are left alone.
+
+    Raises:
+        RuntimeError: a name or a shape differs.
+    """
+    found = encoder.load_state_dict(tensors, strict=False)
+    wanted = {name for name, _ in encoder.named_parameters()}
+    for prefix, part in encoder.named_modules():
+        if isinstance(part, ContentEncoder):
+            wanted |= {f"{prefix}.{name}".removeprefix(".") for name in part.frozen_state()}
+    missing = sorted(wanted & set(found.missing_keys))
+    if missing or found.unexpected_keys:
+        raise RuntimeError(
+            f"{len(missing)} tensors are missing, {len(found.unexpected_keys)} unknown: "
+            f"{', '.join([*missing, *found.unexpected_keys][:4])}"
+        )

@@ -41,7 +41,12 @@ class Engine:
         )
         self._gradient_scale = rank.world_size * settings["gradient_accumulation_steps"]
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay, layer_decay=config.layer_decay),
+            parameter_groups(
+                model,
+                config.weight_decay,
+                layer_decay=config.layer_decay,
+                tower_rate=config.encoder.tower_rate,
+            ),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
         )

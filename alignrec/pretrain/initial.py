@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alignrec.errors import UserError
 from alignrec.pretrain.architecture import Architecture
-from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.config import EncoderConfig, PretrainConfig
 from alignrec.pretrain.encoder import WEIGHTS
 from alignrec.pretrain.multiway import POSITION_OFFSET
 from alignrec.pretrain.objective import MaskedModel
@@ -51,19 +51,52 @@ class Initial:
     left_out: tuple[str, ...]
 
 
+def has_initial(config: PretrainConfig) -> bool:
+    """Whether a run starts from given weights."""
+    return config.initial.checkpoint is not None or config.encoder.kind == "towers"
+
+
 def write_initial(config: PretrainConfig, words: Words, target: Path) -> str:
     """Write the weights to start from by rename and return a line about them (rank 0 calls it).
 
     Raises:
-        UserError: the checkpoint cannot be read or does not fit.
+        UserError: the checkpoint or a tower cannot be read or does not fit.
     """
-    checkpoint = config.initial.checkpoint
-    assert checkpoint is not None
+    if config.initial.checkpoint is None:
+        tensors = _tower_tensors(config.encoder)
+        _write(tensors, target)
+        return (
+            f"starts from {config.encoder.vision} and {config.encoder.text}: {len(tensors)} tensors"
+        )
+    return _write_checkpoint(config, config.initial.checkpoint, words, target)
+
+
+def _tower_tensors(config: EncoderConfig) -> Tensors:
+    from alignrec.pretrain.tower_models import read_weights  # transformers takes seconds to import
+
+    assert config.vision is not None
+    assert config.text is not None
+    read = {
+        "vision": read_weights(config.vision, "vision"),
+        "text": read_weights(config.text, "text"),
+    }
+    return {
+        f"encoder.{modality}_tower.model.{name}": tensor.contiguous()
+        for modality, tensors in read.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _write(tensors: Tensors, target: Path) -> None:
+    spare = target.with_suffix(".writing")
+    save_file(tensors, spare)
+    spare.replace(target)
+
+
+def _write_checkpoint(config: PretrainConfig, checkpoint: Path, words: Words, target: Path) -> str:
     tensors = rename(read_tensors(checkpoint))
     found = fit(tensors, config, words, source=checkpoint)
-    spare = target.with_suffix(".writing")
-    save_file(found.tensors, spare)
-    spare.replace(target)
+    _write(found.tensors, target)
     parts = [f"starts from {checkpoint}: {len(found.tensors)} tensors"]
     if found.fresh:
         parts.append(f"drawn anew: {_some(found.fresh)}")
@@ -138,6 +171,8 @@ def fit(tensors: Tensors, config: PretrainConfig, words: Words, *, source: Path)
     with torch.device("meta"):
         model = MaskedModel(architecture, config.objective)
     expected = {name: p.shape for name, p in model.named_parameters()}
+    frozen = model.encoder.frozen_state()
+    expected |= {f"encoder.{name}": tensor.shape for name, tensor in frozen.items()}
     _refuse_misfits(tensors, expected, source)
     kept = {
         name: tensor.float().contiguous()

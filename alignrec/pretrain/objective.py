@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from alignrec.data.loader import ItemBatch
 from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import ObjectiveConfig
-from alignrec.pretrain.encoder import Encoder, patchify
+from alignrec.pretrain.encoder import make_encoder, patchify
 from alignrec.pretrain.masking import Masks
 from alignrec.pretrain.multiway import SMALL_STD
 
@@ -119,7 +119,7 @@ class MaskedModel(nn.Module):
         super().__init__()
         width = architecture.width
         self.normalise_patches = objective.normalise_patches
-        self.encoder = Encoder(architecture)
+        self.encoder = make_encoder(architecture)
         self.mlm_head = nn.Linear(width, architecture.vocabulary_size)
         self.mim_head = nn.Linear(width, architecture.patch_values)
         self.summary = (

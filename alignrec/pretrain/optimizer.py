@@ -6,11 +6,17 @@ from typing import Any
 from torch import nn
 
 _LAYER = re.compile(r"encoder\.encoder\.layers\.(\d+)\.")
-_EMBEDDINGS = ("encoder.text_embed.", "encoder.vision_embed.", "encoder.encoder.embed_positions.")
+_TOWERS = ("encoder.vision_tower.", "encoder.text_tower.")
+_EMBEDDINGS = (
+    *_TOWERS,
+    "encoder.text_embed.",
+    "encoder.vision_embed.",
+    "encoder.encoder.embed_positions.",
+)
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0
+    model: nn.Module, weight_decay: float, *, layer_decay: float = 1.0, tower_rate: float = 1.0
 ) -> list[dict[str, Any]]:
     """Return AdamW's groups: matrices with weight decay, vectors (biases, norms, CLS) without.
 
@@ -19,6 +25,8 @@ def parameter_groups(
         weight_decay: of matrices.
         layer_decay: ``rate_share`` of a group is layer_decay ** (layers above it): 1 for the heads
             and the last LayerNorm, least for the embeddings (Clark et al. 2020, as BEiT does).
+            Towers lie below all layers.
+        tower_rate: what ``rate_share`` of towers is multiplied with.
     """
     num_layers = 1 + max((depth_of(name) or 0 for name, _ in model.named_parameters()), default=0)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -26,7 +34,8 @@ def parameter_groups(
         is_matrix = max(parameter.shape) != parameter.numel()
         depth = depth_of(name)
         above = 0 if depth is None else num_layers - depth
-        groups.setdefault((layer_decay**above, is_matrix), []).append(parameter)
+        share = layer_decay**above * (tower_rate if name.startswith(_TOWERS) else 1.0)
+        groups.setdefault((share, is_matrix), []).append(parameter)
     # matrices first, the top of the model first: the order of groups is part of float summation
     return [
         {

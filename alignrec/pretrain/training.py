@@ -26,12 +26,13 @@ from alignrec.errors import StageFailure
 from alignrec.pretrain.compilation import compile_layers
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
-from alignrec.pretrain.encoder import save_encoder
+from alignrec.pretrain.encoder import load_weights, save_encoder
 from alignrec.pretrain.engine import Engine, deepspeed_group
 from alignrec.pretrain.held_out import judge, write_reconstructions
 from alignrec.pretrain.initial import (
     INITIAL,
     TOKEN_EMBEDDINGS,
+    has_initial,
     read_initial,
     write_initial,
 )
@@ -107,7 +108,7 @@ def _prepare(
         write_tokenizer(dataset, config.tokenizer, written)
         written.replace(draft.path / TOKENIZER)
     words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
-    if config.initial.checkpoint is not None:
+    if has_initial(config):
         if not (draft.work / INITIAL).exists():
             telemetry.say(write_initial(config, words, draft.work / INITIAL))
     elif config.tokenizer.initial_vectors == "texts" and not (draft.work / VECTORS).exists():
@@ -145,11 +146,17 @@ class Trainer:
         config = self.config
         found = checkpoint.latest(self.checkpoints)
         barrier(self.rank)
-        state = _load_state(found) if found else self._first_state()
+        # a checkpoint has no frozen weights: they are still what they were at first
+        state = self._first_state() if not found or config.encoder.frozen else {}
+        state |= _load_state(found) if found else {}
         # a checkpoint may have embeddings for more tokens than its tokenizer has
         rows = len(state.get(TOKEN_EMBEDDINGS, range(self.words.vocabulary_size)))
         model = build_model(config.encoder.architecture(rows), config.objective, seed=config.seed)
-        model.load_state_dict({n: t for n, t in state.items() if "/" not in n}, strict=bool(found))
+        weights = {n: t for n, t in state.items() if "/" not in n}
+        if found:
+            load_weights(model, weights)
+        else:
+            model.load_state_dict(weights, strict=False)
         if found:
             self.step = found.step
         self.telemetry.rewind(self.step)
@@ -164,7 +171,7 @@ class Trainer:
     def _first_state(self) -> dict[str, Tensor]:
         """Return the parameters that a new run does not draw at random."""
         work = self.checkpoints.parent
-        if self.config.initial.checkpoint is not None:
+        if has_initial(self.config):
             return read_initial(work / INITIAL)
         if self.config.tokenizer.initial_vectors == "texts":
             return {TOKEN_EMBEDDINGS: read_word_vectors(work / VECTORS)}
@@ -276,8 +283,10 @@ class Trainer:
     def _describe(self, model: MaskedModel, *, resumed: bool) -> None:
         config, plan = self.config, self.data.plan
         count = sum(p.numel() for p in model.encoder.parameters())
+        frozen = sum(tensor.numel() for tensor in model.encoder.frozen_state().values())
+        beside = f" and {frozen / 1e6:.2f} M frozen" if frozen else ""
         self.telemetry.say(
-            f"{count / 1e6:.2f} M parameters, {len(plan.rows):,} items "
+            f"{count / 1e6:.2f} M parameters{beside}, {len(plan.rows):,} items "
             f"({len(self.data.split.held_out):,} held out), {self.num_steps:,} steps of "
             f"{config.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation} x "
             f"{plan.num_ranks} ranks, ZeRO-{config.zero_stage}, {config.precision}"
@@ -302,7 +311,9 @@ def _finish(trainer: Trainer, draft: artifacts.Draft) -> dict[str, Tensor]:
         trainer.telemetry.say(line)
     draft.facts |= _facts(trainer, judged)
     write_reconstructions(trainer.engine, data, trainer.words, rank, draft.path)
-    return {name: tensor.cpu() for name, tensor in _kept(trainer.engine, rank)}
+    trained = {name: tensor.cpu() for name, tensor in _kept(trainer.engine, rank)}
+    frozen = trainer.engine.model.encoder.frozen_state() if rank.is_first else {}
+    return trained | {name: tensor.cpu() for name, tensor in frozen.items()}
 
 
 def _publish(
