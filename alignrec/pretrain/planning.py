@@ -109,11 +109,12 @@ def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
     with torch.device("meta"):
         model = MaskedModel(architecture, config.objective)
     sizes = [parameter.numel() for parameter in model.parameters()]
+    num_frozen = sum(tensor.numel() for tensor in model.encoder.frozen_state().values())
     mean_length = sum(len(words(text)) for text in texts) / max(len(texts), 1)
     return RunPlan(
         num_ranks=config.num_ranks,
-        num_parameters=sum(sizes),
-        num_encoder_parameters=sum(p.numel() for p in model.encoder.parameters()),
+        num_parameters=sum(sizes) + num_frozen,
+        num_encoder_parameters=num_frozen + sum(p.numel() for p in model.encoder.parameters()),
         num_items=len(split.train),
         num_held_out=len(split.held_out),
         micro_batch_size=micro,
@@ -134,6 +135,7 @@ def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
                 num_parameters=sum(sizes),
                 largest=max(sizes),
                 num_ranks=config.num_ranks,
+                num_frozen=num_frozen,
             )
             for number in ZERO_STAGES
             if number or config.precision == "fp32"
