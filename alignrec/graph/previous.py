@@ -65,19 +65,19 @@ def row_digests(features: npt.NDArray[np.floating]) -> Digests:
     return result
 
 
-def open_previous(folder: Path, digests: Digests, settings: dict[str, object]) -> Previous | None:
-    """Open an earlier graph's neighbour lists; None where they were made otherwise.
+def open_previous(folder: Path, digests: Digests, settings: dict[str, object]) -> Previous | str:
+    """Open an earlier graph's neighbour lists, or say why they cannot be used: it "was ...".
 
     Args:
         folder: a finished graph artifact.
         digests: of the present features.
-        settings: what the lists depend on (``search_settings``); other settings, other lists.
+        settings: what the lists depend on (``Search.settings``); other settings, other lists.
 
     Raises:
-        UserError: the artifact is damaged.
+        UserError: the folder is no finished graph, or it is damaged.
     """
     if artifacts.read(folder, "graph").facts.get("search") != settings:
-        return None
+        return "was searched with other settings"
     try:
         index = np.load(schema.neighbors_path(folder, "index"), mmap_mode="r")
         cosine = np.load(schema.neighbors_path(folder, "cosine"), mmap_mode="r")
@@ -88,7 +88,8 @@ def open_previous(folder: Path, digests: Digests, settings: dict[str, object]) -
             f"Run its graph stage again or leave graph.knn.previous out."
         ) from error
     if len(before) > len(digests):
-        return None  # item_index only ever grows: it is another catalogue's
+        # An item_index is never taken away.
+        return f"was made of another catalogue, of {len(before):,} items"
     same = (before == digests[: len(before)]).all(axis=1)
     fresh = np.arange(len(before), len(digests))
     return Previous(index, cosine, np.concatenate([np.flatnonzero(~same), fresh]))

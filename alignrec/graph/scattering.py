@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alignrec.data.shared_array import SharedArray, create_array
 from alignrec.distributed.process_group import Rank, barrier
 from alignrec.graph.buckets import append_by_bucket
 from alignrec.graph.edges import EdgeBlock, GraphStreams
@@ -44,11 +45,13 @@ class ScatteredEdges:
         return edges[np.lexsort((edges["source"], edges["target"]))]
 
     def edge_map(self, edge_type: EdgeType) -> npt.NDArray[np.int32]:
-        """Map the partition of each edge of a type, by edge id."""
-        result: npt.NDArray[np.int32] = np.load(
-            self.folder / f"map_{_name(edge_type)}.npy", mmap_mode="r+"
-        )
+        """Map the partition of each edge of a type, by edge id, as a private copy."""
+        result: npt.NDArray[np.int32] = np.load(self.map_path(edge_type), mmap_mode="c")
         return result
+
+    def map_path(self, edge_type: EdgeType) -> Path:
+        """Return the file of ``edge_map``."""
+        return self.folder / f"map_{_name(edge_type)}.npy"
 
     def facts(self, parts: Parts, num_partitions: int) -> dict[str, Any]:
         """Return how even the parts are and how many edges run between them.
@@ -78,27 +81,25 @@ def scatter_edges(
     graph: GraphStreams, parts: Parts, folder: Path, *, num_partitions: int, rank: Rank
 ) -> ScatteredEdges:
     """Sort every edge into the file of its destination node's partition; collective."""
+    scattered = ScatteredEdges(folder, rank.world_size)
     if rank.is_first:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left is not whole
         folder.mkdir(parents=True)
         for edge_type in EDGE_TYPES:
-            path, size = folder / f"map_{_name(edge_type)}.npy", (graph.num_edges[edge_type],)
-            np.lib.format.open_memmap(path, "w+", np.dtype(np.int32), size).flush()
+            size = (graph.num_edges[edge_type],)
+            create_array(scattered.map_path(edge_type), np.int32, size)
     barrier(rank)
-    scattered = ScatteredEdges(folder, rank.world_size)
     for edge_type in EDGE_TYPES:
-        edge_map = scattered.edge_map(edge_type)
         counts = np.zeros((2, num_partitions), dtype=np.int64)
-        for block in graph.blocks(edge_type, rank):
-            ends = parts[edge_type[2]][block.target]
-            crossing = parts[edge_type[0]][block.source] != ends
-            counts[0] += np.bincount(ends, minlength=num_partitions)
-            counts[1] += np.bincount(ends[crossing], minlength=num_partitions)
-            edge_map[block.first : block.first + len(block)] = ends
-            _append(folder, edge_type, block, ends, rank)
+        with SharedArray.open(scattered.map_path(edge_type)) as edge_map:
+            for block in graph.blocks(edge_type, rank):
+                ends = parts[edge_type[2]][block.target]
+                crossing = parts[edge_type[0]][block.source] != ends
+                counts[0] += np.bincount(ends, minlength=num_partitions)
+                counts[1] += np.bincount(ends[crossing], minlength=num_partitions)
+                edge_map.write(block.first, ends)
+                _append(folder, edge_type, block, ends, rank)
         np.save(folder / f"counts_{_name(edge_type)}_{rank.index}.npy", counts)
-        if isinstance(edge_map, np.memmap):
-            edge_map.flush()
     barrier(rank)
     return scattered
 

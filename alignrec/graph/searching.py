@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from alignrec import artifacts
+from alignrec.data.shared_array import SharedArray, create_array
 from alignrec.distributed.process_group import Rank, barrier
 from alignrec.errors import StageFailure
 from alignrec.graph import cells, knn, schema
 from alignrec.graph.cells import CellIndex
 from alignrec.graph.config import GraphConfig
 from alignrec.graph.knn import FeatureRows, Neighbors
-from alignrec.graph.previous import Previous, open_previous, row_digests, updated_keys
+from alignrec.graph.previous import Digests, Previous, open_previous, row_digests, updated_keys
 from alignrec.telemetry import Progress, Telemetry
 
 # Rows that are searched, saved and counted as progress together.
@@ -80,10 +81,13 @@ class Search:
             Facts about the search; complete on rank 0.
 
         Raises:
-            StageFailure: the approximate search finds less than it must.
+            UserError: a feature is not finite, or the earlier graph is none or is damaged.
         """
         rows = FeatureRows(self.features, self.rank.device)
-        previous = self._previous()
+        digests = self._by_chunks(
+            "digest", lambda start, stop: row_digests(self.features[start:stop])
+        )
+        previous = self._previous(digests)
         lists = self._update(rows, previous) if previous else np.arange(self.num_items)
         facts: dict[str, Any] = {
             "search": self.settings,
@@ -126,7 +130,7 @@ class Search:
         for chunk in self._chunks_written():
             items = chunk["item"]
             index[items], cosine[items] = chunk["index"], chunk["cosine"]
-        np.save(path["digest"], row_digests(self.features))
+        np.save(path["digest"], self._joined("digest"))
         if self.approximate:
             facts["recall"] = self._recall(index, cosine)
         index.flush()
@@ -145,19 +149,34 @@ class Search:
 
     # From an earlier graph ------------------------------------------------------------------------
 
-    def _previous(self) -> Previous | None:
+    def _previous(self, digests: Digests) -> Previous | None:
+        """Return the earlier lists, if these fit and few enough items have changed."""
         folder = self.config.knn.previous
         if folder is None:
             return None
-        previous = open_previous(folder, row_digests(self.features), self.settings)
-        if previous is None:
-            self.telemetry.say(f"{folder} was searched with other settings: all items are searched")
+        previous = open_previous(folder, digests, self.settings)
+        if isinstance(previous, str):
+            self.telemetry.say(f"{folder} {previous}: all items are searched")
             return None
-        self.telemetry.say(
-            f"{len(previous.changed):,} of {self.num_items:,} items are new or changed since "
-            f"{folder}"
-        )
+        changed = f"{len(previous.changed):,} of {self.num_items:,} items are new or changed"
+        if len(previous.changed) > self._most_changed:
+            self.telemetry.say(
+                f"{changed} since {folder}, more than {self._most_changed:,}: to search all items "
+                f"is faster than to update lists"
+            )
+            return None
+        self.telemetry.say(f"{changed} since {folder}")
         return previous
+
+    @property
+    def _most_changed(self) -> int:
+        """Changed items up to which an update is less work than a search of everything.
+
+        Every unchanged item is compared with every changed one: in an exact search instead of
+        with all items, twice over as the changed ones are searched too; by cells, beside what a
+        search compares it with, of which the centroids are about half.
+        """
+        return cells.num_cells(self.num_items) if self.approximate else self.num_items // 2
 
     def _update(self, rows: FeatureRows, previous: Previous) -> npt.NDArray[np.int64]:
         """Update the lists of unchanged items and return the items still to be searched in full."""
@@ -188,14 +207,9 @@ class Search:
     def _build_index(self, rows: FeatureRows) -> tuple[CellIndex, dict[str, Any]]:
         """Sort the items into cells, all ranks together, and find how many cells to look into."""
         centroids = self._centroids(rows)
-        starts = range(0, self.num_items, _CHUNK_ROWS)
-        for start in starts[self.rank.index :: self.rank.world_size]:
-            path = self.work / f"cell_{start:012d}.npy"
-            if not path.exists():
-                stop = min(start + _CHUNK_ROWS, self.num_items)
-                _save(path, cells.assign_cells(rows, centroids, start, stop))
-        barrier(self.rank)
-        cell = np.concatenate([np.load(self.work / f"cell_{start:012d}.npy") for start in starts])
+        cell = self._by_chunks(
+            "cell", lambda start, stop: cells.assign_cells(rows, centroids, start, stop)
+        )
         items, first = cells.cell_order(cell, len(centroids))
         index = CellIndex(centroids, first, items, self._sorted_rows(rows, items))
         if self.rank.is_first and not (self.work / "probes.json").exists():
@@ -226,15 +240,13 @@ class Search:
         # The first barrier of two, lest a slow rank look when a fast one has finished the file.
         missing = not path.exists()
         if missing and self.rank.is_first:
-            shape = (len(items), rows.dim)
-            np.lib.format.open_memmap(spare, "w+", np.dtype(np.float32), shape).flush()
+            create_array(spare, np.float32, (len(items), rows.dim))
         barrier(self.rank)
         if missing:
-            table = np.lib.format.open_memmap(spare, "r+")
-            for start in range(0, len(items), _CHUNK_ROWS)[self.rank.index :: self.rank.world_size]:
-                chunk = torch.from_numpy(items[start : start + _CHUNK_ROWS])
-                table[start : start + len(chunk)] = rows.take(chunk)[0].cpu().numpy()
-            table.flush()
+            with SharedArray.open(spare) as table:
+                for start in self._my_starts(len(items)):
+                    chunk = torch.from_numpy(items[start : start + _CHUNK_ROWS])
+                    table.write(start, rows.take(chunk)[0].cpu().numpy())
         barrier(self.rank)
         if missing and self.rank.is_first:
             spare.replace(path)
@@ -294,6 +306,25 @@ class Search:
         return round(recall, 4)
 
     # Chunks ---------------------------------------------------------------------------------------
+
+    def _my_starts(self, count: int) -> range:
+        return range(0, count, _CHUNK_ROWS)[self.rank.index :: self.rank.world_size]
+
+    def _by_chunks(
+        self, name: str, make: Callable[[int, int], npt.NDArray[Any]]
+    ) -> npt.NDArray[Any]:
+        """Make a row for each item, all ranks together, and return all of them."""
+        for start in self._my_starts(self.num_items):
+            path = self.work / f"{name}_{start:012d}.npy"
+            if not path.exists():
+                _save(path, make(start, min(start + _CHUNK_ROWS, self.num_items)))
+        barrier(self.rank)
+        return self._joined(name)
+
+    def _joined(self, name: str) -> npt.NDArray[Any]:
+        """Return what ``_by_chunks`` has made."""
+        starts = range(0, self.num_items, _CHUNK_ROWS)
+        return np.concatenate([np.load(self.work / f"{name}_{start:012d}.npy") for start in starts])
 
     def _find(
         self,

@@ -98,16 +98,39 @@ def test_approximate_update_keeps_its_recall(days: Days) -> None:
 
 
 @pytest.mark.parametrize("other", [{"k": 3}, {"knn": {"method": "ann", "sample": 50}}])
-def test_lists_made_otherwise_are_not_used(days: Days, other: dict[str, Any]) -> None:
+def test_lists_made_otherwise_are_not_used(
+    days: Days, other: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     rows, before = days.yesterday(**other)
     again = days.graph("again", rows, knn={"previous": str(before)})
     assert artifacts.read(again).facts["num_searched"] == 60
+    assert "yesterday was searched with other settings: all items" in capsys.readouterr().out
 
 
-def test_a_larger_catalogue_is_another_one(days: Days) -> None:
+def test_a_larger_catalogue_is_another_one(days: Days, capsys: pytest.CaptureFixture[str]) -> None:
     _, before = days.yesterday()
     smaller = days.graph("smaller", days.rows[:40], knn={"previous": str(before)})
     assert artifacts.read(smaller).facts["num_searched"] == 40
+    said = capsys.readouterr().out
+    assert "yesterday was made of another catalogue, of 60 items: all items" in said
+
+
+@pytest.mark.parametrize(("method", "most"), [("exact", 30), ("ann", 15)])
+def test_too_many_changes_are_searched_afresh(
+    days: Days, method: str, most: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each unchanged item would be compared with all that have changed."""
+    knn = {"method": method, "sample": 60}
+    rows, before = days.yesterday(knn=knn)
+    searched = {}
+    for changed in (most, most + 1):
+        other = rows.copy()
+        other[:changed] += 1
+        graph = days.graph(f"{changed}", other, knn={**knn, "previous": str(before)})
+        searched[changed] = artifacts.read(graph).facts["num_searched"]
+    assert searched[most] < searched[most + 1] == 60
+    said = capsys.readouterr().out
+    assert f"{most + 1} of 60 items are new or changed since {before}, more than {most}: " in said
 
 
 def test_previous_must_be_a_graph(days: Days) -> None:

@@ -1,0 +1,40 @@
+"""Rows that several writers put into one file at the same time all arrive."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignrec.data.shared_array import SharedArray, create_array
+
+
+@pytest.mark.parametrize("shape", [(1000,), (1000, 3), (1000, 2, 2)])
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_writers_of_other_rows_do_not_lose_each_others(
+    tmp_path: Path, shape: tuple[int, ...], dtype: type
+) -> None:
+    path = tmp_path / "rows.npy"
+    create_array(path, dtype, shape)
+    rows = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
+    with SharedArray.open(path) as one, SharedArray.open(path) as other:
+        for start in range(0, 900, 10):  # many to a page, and turn by turn
+            (one if start % 20 else other).write(start, rows[start : start + 10])
+    found = np.load(path, mmap_mode="r")
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found[:900], rows[:900])
+    assert not found[900:].any()
+
+
+def test_rows_are_converted_and_may_be_slices(tmp_path: Path) -> None:
+    create_array(tmp_path / "rows.npy", np.float32, (4, 2))
+    wide = np.arange(12, dtype=np.float64).reshape(3, 4)
+    with SharedArray.open(tmp_path / "rows.npy") as file:
+        file.write(1, wide[:, ::2])
+    assert np.load(tmp_path / "rows.npy").tolist() == [[0, 0], [0, 2], [4, 6], [8, 10]]
+
+
+def test_nothing_at_all_is_an_array_too(tmp_path: Path) -> None:
+    create_array(tmp_path / "rows.npy", np.int32, (0,))
+    with SharedArray.open(tmp_path / "rows.npy") as file:
+        file.write(0, np.empty(0, dtype=np.int64))
+    assert np.load(tmp_path / "rows.npy").shape == (0,)
