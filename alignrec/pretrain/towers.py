@@ -212,7 +212,7 @@ def resample(
     before = grid.shape[-1]
     if before == side:
         return grid
-    one = torch.eye(before, device=grid.device)[None]  # (1, before, before)
+    one = torch.eye(before, dtype=torch.float64, device=grid.device)[None]  # (1, before, before)
     if before > side:
         turn = F.adaptive_avg_pool1d(one, side)[0]
     else:
