@@ -1,8 +1,9 @@
 """Multiway transformer of BEiT-3: vision and text positions share attention and nothing else.
 
 Module names follow torchscale (architecture/encoder.py), so that state dicts map one to one:
-``A`` is the vision branch, ``B`` the text branch. Both streams are kept apart and joined only for
-the softmax attention, which costs no masks and no scatter.
+``A`` is the vision branch, ``B`` the text branch. Both streams are kept apart, and without their
+padding, so that nothing is computed for what is not there; they are joined, padded and with a mask,
+only for the softmax attention.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,10 +22,70 @@ POSITION_OFFSET = 2  # fairseq's first position index
 
 
 class Streams(NamedTuple):
-    """Hidden states: vision ``(batch, 1 + patches, width)`` and text ``(batch, length, width)``."""
+    """Hidden states: vision ``(batch, 1 + patches, width)`` and text ``(batch, length, width)``.
+
+    Inside of the encoder packed: ``(vision positions, width)`` and ``(text positions, width)``, the
+    positions that are there, item by item.
+    """
 
     vision: Tensor
     text: Tensor
+
+
+class Layout(NamedTuple):
+    """Where packed positions lie in the joint sequences that attention is computed over.
+
+    Attributes:
+        places: of the packed vision positions, then of the packed text positions, in the flattened
+            (batch, length) joint sequences; an item's positions come first there, padding last.
+        num_vision: packed vision positions.
+        keys: True where a position may be attended to.
+    """
+
+    places: Int64[Tensor, " positions"]
+    num_vision: int
+    keys: Bool[Tensor, "batch 1 1 length"]
+
+    @classmethod
+    def of(cls, vision: Bool[Tensor, "batch vision"], text: Bool[Tensor, "batch text"]) -> "Layout":
+        """Lay out the positions that are there (True)."""
+        joint = torch.cat([vision, text], dim=1)
+        lengths = joint.sum(dim=1)
+        longest = int(lengths.max()) if len(lengths) else 0
+        rows = torch.arange(len(joint), device=joint.device)[:, None] * longest
+        places = rows + joint.cumsum(dim=1) - 1
+        at_vision, at_text = places[:, : vision.shape[1]], places[:, vision.shape[1] :]
+        at_vision = at_vision[vision]
+        keys = torch.arange(longest, device=joint.device) < lengths[:, None]
+        return cls(torch.cat([at_vision, at_text[text]]), len(at_vision), keys[:, None, None, :])
+
+    def join(self, streams: Streams) -> Float[Tensor, "batch length width"]:
+        """Return the joint sequences of packed streams, zero where nothing is."""
+        packed = torch.cat(streams)
+        batch, length = self.keys.shape[0], self.keys.shape[-1]
+        joint = packed.new_zeros(batch * length, packed.shape[-1])
+        return joint.index_copy_(0, self.places, packed).view(batch, length, packed.shape[-1])
+
+    def split(self, joint: Float[Tensor, "batch length width"]) -> Streams:
+        """Undo ``join``."""
+        packed = joint.flatten(0, 1).index_select(0, self.places)
+        return Streams(packed[: self.num_vision], packed[self.num_vision :])
+
+
+def pack(
+    states: Float[Tensor, "batch length width"], present: Bool[Tensor, "batch length"]
+) -> Float[Tensor, "positions width"]:
+    """Return the states of positions that are there (True), item by item."""
+    return states.flatten(0, 1).index_select(0, present.flatten().nonzero().squeeze(1))
+
+
+def unpack(
+    packed: Float[Tensor, "positions width"], present: Bool[Tensor, "batch length"]
+) -> Float[Tensor, "batch length width"]:
+    """Undo ``pack``, zero where nothing is."""
+    states = packed.new_zeros(present.numel(), packed.shape[-1])
+    places = present.flatten().nonzero().squeeze(1)
+    return states.index_copy_(0, places, packed).view(*present.shape, packed.shape[-1])
 
 
 class Multiway(nn.Module):
@@ -62,16 +123,14 @@ class Attention(nn.Module):
         self.out_proj = multiway_linear(width, width)
         self.inner_attn_ln = multiway_norm(width)
 
-    def forward(self, streams: Streams, keys: Bool[Tensor, "batch 1 1 joint"]) -> Streams:
-        """Attend; ``keys`` is True where a position may be attended to."""
+    def forward(self, streams: Streams, layout: Layout) -> Streams:
+        """Attend from every packed position to all of its item."""
         query, key, value = (
-            self._heads(torch.cat(projection(streams), dim=1))
+            self._heads(layout.join(projection(streams)))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=keys)
-        joined = mixed.transpose(1, 2).flatten(2)  # (batch, joint, width)
-        num_vision = streams.vision.shape[1]
-        split = Streams(joined[:, :num_vision], joined[:, num_vision:])
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.keys)
+        split = layout.split(mixed.transpose(1, 2).flatten(2))
         result: Streams = self.out_proj(self.inner_attn_ln(split))
         return result
 
@@ -89,7 +148,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.ffn_layernorm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
 
-    def forward(self, x: Float[Tensor, "batch length width"]) -> Tensor:
+    def forward(self, x: Float[Tensor, "positions width"]) -> Tensor:
         """Apply to each position."""
         result: Tensor = self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
         return result
@@ -105,9 +164,9 @@ class Layer(nn.Module):
         self.ffn = Multiway(lambda: FeedForward(width, hidden))
         self.final_layer_norm = multiway_norm(width)
 
-    def forward(self, streams: Streams, keys: Bool[Tensor, "batch 1 1 joint"]) -> Streams:
+    def forward(self, streams: Streams, layout: Layout) -> Streams:
         """Attend over the joint sequence, then transform each position."""
-        streams = _add(streams, self.self_attn(self.self_attn_layer_norm(streams), keys))
+        streams = _add(streams, self.self_attn(self.self_attn_layer_norm(streams), layout))
         return _add(streams, self.ffn(self.final_layer_norm(streams)))
 
 
@@ -155,24 +214,21 @@ class MultiwayEncoder(nn.Module):
         vision_padding: Bool[Tensor, "batch vision"],
         text_padding: Bool[Tensor, "batch text"],
     ) -> Streams:
-        """Encode; padded positions (True) are zeroed and not attended to."""
+        """Encode; padded positions (True) are not attended to, and zero in the result."""
         streams = _add(streams, self.embed_positions(streams))
-        padding = torch.cat([vision_padding, text_padding], dim=1)
-        keys = ~padding[:, None, None, :]
-        streams = Streams(
-            streams.vision.masked_fill(vision_padding[..., None], 0.0),
-            streams.text.masked_fill(text_padding[..., None], 0.0),
-        )
+        vision, text = ~vision_padding, ~text_padding
+        layout = Layout.of(vision, text)
+        streams = Streams(pack(streams.vision, vision), pack(streams.text, text))
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 # nothing in a layer is random, so no generator's state needs to be kept
                 streams = checkpoint(
-                    layer, streams, keys, use_reentrant=False, preserve_rng_state=False
+                    layer, streams, layout, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                streams = layer(streams, keys)
-        result: Streams = self.layer_norm(streams)
-        return result
+                streams = layer(streams, layout)
+        streams = self.layer_norm(streams)
+        return Streams(unpack(streams.vision, vision), unpack(streams.text, text))
 
     def reset_parameters(self) -> None:
         """Initialise as torchscale does with sub-LN: Xavier attention, scaled by depth."""

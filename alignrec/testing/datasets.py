@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ def write_dataset(
     without_text: tuple[int, ...] = (),
     removed: tuple[int, ...] = (),
     idle_users: tuple[int, ...] = (),
+    texts: Sequence[str] | None = None,
 ) -> Path:
     """Write a finished dataset artifact to ``folder`` and return the folder.
 
@@ -75,6 +77,7 @@ def write_dataset(
         without_text: item_index of items whose title and text are empty.
         removed: item_index of items of an earlier version: a row of the table and nothing else.
         idle_users: user_index of users without any interaction.
+        texts: of the items, instead of a few words of their topics.
     """
     factors = draw_factors(num_items=num_items, num_users=num_users, seed=seed)
     settings = {"num_items": num_items, "num_users": num_users, "seed": seed, "size": image_size}
@@ -83,7 +86,7 @@ def write_dataset(
         folder, kind="dataset", fingerprint=mark, config=settings, inputs={}
     ) as draft:
         rng = np.random.default_rng([seed, 1])
-        texts = [
+        texts = texts or [
             "" if i in without_text else _text(rng, int(factors.topic[i])) for i in range(num_items)
         ]
         pictures = [
@@ -140,7 +143,7 @@ def _picture(rng: np.random.Generator, style: int, size: int) -> bytes:
 
 
 def _write_items(
-    folder: Path, texts: list[str], pictures: list[bytes], removed: tuple[int, ...]
+    folder: Path, texts: Sequence[str], pictures: list[bytes], removed: tuple[int, ...]
 ) -> None:
     gone = np.isin(np.arange(len(texts)), removed)
     columns = {
