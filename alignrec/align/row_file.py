@@ -1,20 +1,26 @@
-"""Tables in one safetensors file that several ranks fill, row by row (ranks -> artifact).
+"""Tables in one safetensors file that several ranks fill (ranks -> artifact).
 
 The ranks must see the same file system, as they do for every artifact. No rank has a whole table
-in memory.
+in memory. Which rows a rank has is up to the partitions; what it writes is a range, in one piece.
 """
 
 import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from alignrec.data.shared_array import SharedArray
+from alignrec.distributed.exchange import Exchange
+
 _BYTES = 4  # float32
+# What a rank receives at once, to write it.
+_RANGE_BYTES = 1 << 25
 
 Rows = np.memmap[Any, np.dtype[np.float32]]
 
@@ -33,21 +39,58 @@ def create(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(text) + start)
 
 
-def write_rows(path: Path, name: str, index: Tensor, rows: Tensor) -> None:
-    """Write rows of one table; other ranks write other rows at the same time."""
-    table = _open(path, name, "r+")
-    table[index.cpu().numpy()] = rows.detach().cpu().numpy()
-    table.flush()
+def write_rows(
+    path: Path,
+    name: str,
+    index: Int64[Tensor, " n"],
+    rows: Float32[Tensor, "n d"],
+    *,
+    exchange: Exchange,
+) -> None:
+    """Write a table of which every rank has some rows; collective.
+
+    Args:
+        path: what ``create`` made.
+        name: of the table.
+        index: numbers of the rows that this rank has; every row is some rank's, and one's alone.
+        rows: this rank's rows.
+        exchange: between the ranks.
+    """
+    start, shape = _find(path, name)
+    order = index.argsort()
+    ascending = index[order]
+    share = max(_RANGE_BYTES // max(shape[1] * _BYTES, 1), 1)
+    with SharedArray(path, start=start, dtype=np.float32, row=shape[1]) as file:
+        for first in range(0, shape[0], share * exchange.world_size):
+            ends = torch.tensor([first, first + share * exchange.world_size])
+            lower, upper = torch.searchsorted(ascending, ends).tolist()
+            numbers = ascending[lower:upper]
+            route = exchange.send(numbers, (numbers - first) // share)
+            mine = rows.detach()[order[lower:upper]].cpu()
+            arrived = route.send_back(mine)
+            block = torch.empty_like(arrived)
+            own = first + exchange.rank_index * share
+            block[route.received - own] = arrived
+            file.write(own, block.numpy())
+
+
+def write_whole(path: Path, name: str, table: Tensor) -> None:
+    """Write a table that this rank has as a whole; on one rank."""
+    start, _ = _find(path, name)
+    with SharedArray(path, start=start, dtype=np.float32, row=1) as file:
+        file.write(0, table.detach().cpu().numpy())
 
 
 def read(path: Path, name: str) -> Tensor:
     """Return one table, mapped from the file: only pages that are read are in memory."""
-    return torch.from_numpy(_open(path, name, "c"))
+    start, shape = _find(path, name)
+    table: Rows = np.memmap(path, np.float32, "c", start, shape)
+    return torch.from_numpy(table)
 
 
-def _open(path: Path, name: str, mode: Literal["r+", "c"]) -> Rows:
+def _find(path: Path, name: str) -> tuple[int, tuple[int, ...]]:
+    """Return where a table begins in the file, and its shape."""
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         entry = json.loads(file.read(length))[name]
-    offset = 8 + length + entry["data_offsets"][0]
-    return np.memmap(path, np.float32, mode, offset, tuple(entry["shape"]))
+    return 8 + length + entry["data_offsets"][0], tuple(entry["shape"])

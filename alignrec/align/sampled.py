@@ -115,7 +115,9 @@ class SampledTrainer:
         user, item = self._represent()
         shape = (self._graph.num_nodes[ITEM], self._config.embedding_dim)
         self._create(self._item_rows, {ITEM: shape})
-        row_file.write_rows(self._item_rows, ITEM, self._graph.owned[ITEM], item)
+        row_file.write_rows(
+            self._item_rows, ITEM, self._graph.owned[ITEM], item, exchange=self._exchange
+        )
         barrier(self._rank)
         totals = self._validation.totals(user, row_file.read(self._item_rows, ITEM))
         return metrics_from(self._exchange.sum(totals))
@@ -185,10 +187,12 @@ class SampledTrainer:
         shapes |= {name: tuple(value.shape) for name, value in replicated.items()}
         self._create(path, shapes)
         for node_type, table in zip(_TABLES, tables, strict=True):
-            row_file.write_rows(path, node_type, self._graph.owned[node_type], table)
+            row_file.write_rows(
+                path, node_type, self._graph.owned[node_type], table, exchange=self._exchange
+            )
         if self._rank.is_first:
             for name, value in replicated.items():
-                row_file.write_rows(path, name, torch.arange(len(value)), value)
+                row_file.write_whole(path, name, value)
         barrier(self._rank)
 
     def _create(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:

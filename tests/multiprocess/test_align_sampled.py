@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignrec import checkpoint
+from alignrec.align import row_file
 from alignrec.align.config import AlignConfig
 from alignrec.align.full_graph import FullGraphTrainer
 from alignrec.align.inputs import Inputs
@@ -61,6 +62,7 @@ class Job:
 
 def train(folders: dict[str, Path], root: Path, jobs: list[Job]) -> dict[str, Any]:
     """Do the jobs on this rank and return the loss terms of each one's steps, and its metrics."""
+    row_file._RANGE_BYTES = 1 << 10  # so that files are written in several rounds
     with process_group(timeout_seconds=100) as rank:
         return {job.out: train_one(folders, root, job, rank) for job in jobs}
 

@@ -108,15 +108,22 @@ def test_saved_rows_load_into_another_table() -> None:
     assert all(torch.equal(other.state()[n], v) for n, v in table.state().items())
 
 
-def test_rows_written_by_several_make_one_safetensors_file(tmp_path: Path) -> None:
+def test_rows_in_any_order_make_one_safetensors_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "tables.safetensors"
-    row_file.create(path, {"user": (3, 2), "bias": (2,), "none": (0, 2)})
-    row_file.write_rows(path, "user", torch.tensor([2, 0]), torch.tensor([[5.0, 6], [1, 2]]))
-    row_file.write_rows(path, "user", torch.tensor([1]), torch.tensor([[3.0, 4]]))
-    row_file.write_rows(path, "bias", torch.arange(2), torch.tensor([7.0, 8]))
+    monkeypatch.setattr(row_file, "_RANGE_BYTES", 16)  # two rows at once
+    row_file.create(path, {"user": (5, 2), "bias": (2,), "one": (2, 2), "none": (0, 2)})
+    index = torch.tensor([2, 0, 4, 3, 1])
+    rows = torch.tensor([[5.0, 6], [1, 2], [9, 10], [7, 8], [3, 4]])
+    row_file.write_rows(path, "user", index, rows, exchange=Exchange(Rank()))
+    row_file.write_rows(path, "none", index[:0], rows[:0], exchange=Exchange(Rank()))
+    row_file.write_whole(path, "bias", torch.tensor([7.0, 8]))
+    row_file.write_whole(path, "one", torch.tensor([[1.0, 2], [3, 4]]).T)
     found = load_file(path)
-    assert found["user"].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert found["user"].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
     assert found["bias"].tolist() == [7, 8]
+    assert found["one"].tolist() == [[1, 3], [2, 4]]
     assert found["none"].shape == (0, 2)
     assert row_file.read(path, "user").tolist() == found["user"].tolist()
 
