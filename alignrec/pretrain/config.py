@@ -153,6 +153,20 @@ class EncoderConfig:
 class ObjectiveConfig:
     """What is masked and what is predicted."""
 
+    targets: Literal["pixels", "codebook", "vqkd"] = option(
+        "pixels",
+        "what a masked patch is predicted as: its pixels, a code of visual words learned on the "
+        "catalogue, or a code of BEiT v2's tokenizer",
+    )
+    num_codes: int = option(
+        8192, "codebook: codes, at most one for 32 patches that it is learned on", minimum=2
+    )
+    codebook_pictures: int = option(
+        10_000, "codebook: pictures that it is learned on, at most", minimum=1
+    )
+    vqkd: Path | None = option(
+        None, "vqkd: BEiT v2's tokenizer, vqkd_encoder_base_decoder_*.pth or .safetensors"
+    )
     patch_ratio: float = option(
         0.4, "share of patches masked, block-wise", minimum=0.0, maximum=0.95
     )
@@ -172,6 +186,31 @@ class ObjectiveConfig:
         "CLS a summary of the item; 0: BEiT-3's objective",
         minimum=0,
     )
+
+    def __post_init__(self) -> None:
+        """Refuse settings of another target.
+
+        Raises:
+            UserError: a setting that has no effect on these targets, or no tokenizer for vqkd.
+        """
+        owners = {
+            "normalise_patches": "pixels",
+            "num_codes": "codebook",
+            "codebook_pictures": "codebook",
+            "vqkd": "vqkd",
+        }
+        for name, owner in owners.items():
+            value = getattr(self, name)
+            if owner != self.targets and value != getattr(ObjectiveConfig, name):
+                raise UserError(
+                    f"pretrain.objective.{name}={value} has no effect on pretrain.objective."
+                    f"targets={self.targets}. Leave it out, or set targets to {owner}."
+                )
+        if self.targets == "vqkd" and self.vqkd is None:
+            raise UserError(
+                "pretrain.objective.targets=vqkd needs BEiT v2's tokenizer. Set pretrain.objective."
+                "vqkd to a vqkd_encoder_base_decoder_*.pth."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,12 +411,13 @@ class PretrainConfig:
             object.__setattr__(self, "tokenizer", given)
 
     def source_identity(self) -> str:
-        """Return a digest of what is given: the tokenizer's, checkpoint's and towers' content."""
+        """Return a digest of what is given: tokenizers, checkpoint and towers."""
         given = [
             self.tokenizer.path,
             self.initial.checkpoint,
             self.encoder.vision,
             self.encoder.text,
+            self.objective.vqkd,
         ]
         return configuration.digest([_content(Path(path)) for path in given if path is not None])
 

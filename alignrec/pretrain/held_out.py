@@ -1,5 +1,6 @@
 """How well held-out items are predicted, against the best constant answers (training -> report)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,65 +11,87 @@ from torch import Tensor
 
 from alignrec.data.loader import MicroBatch
 from alignrec.distributed.process_group import Rank, all_reduce_sum
-from alignrec.pretrain.data import TrainingData, equal_shares
+from alignrec.pretrain.data import TrainingData
 from alignrec.pretrain.encoder import patchify, unpatchify
 from alignrec.pretrain.engine import Engine
 from alignrec.pretrain.objective import MaskedBatch, Predictions
+from alignrec.pretrain.targets import PictureTarget
 from alignrec.pretrain.tokenizer import Words
 
 RECONSTRUCTIONS = "reconstructions.npz"
 _NUM_PICTURES = 8
-_TINY_VARIANCE = 1e-6
 
 
 @torch.no_grad()
 def judge(engine: Engine, data: TrainingData, rank: Rank, *, batch_size: int) -> dict[str, float]:
     """Return losses and accuracy on held-out items beside the baselines; empty without any.
 
-    Baselines are the best constants for these very targets: the most frequent token, the tokens'
-    entropy, and the mean patch. So beating them means that something is read from the context.
+    Baselines are the best constants for these very targets: the most frequent token and the tokens'
+    entropy, and the same of codes of patches, or the mean patch. So beating them means that
+    something is read from the context.
     """
     if len(data.split.held_out) == 0:
         return {}
-    architecture = engine.model.encoder.architecture
-    sums = torch.zeros(6, dtype=torch.float64)  # words, patches, text loss, image loss, hits, t^2
-    words = torch.zeros(architecture.vocabulary_size, dtype=torch.float64)
-    patch = torch.zeros(architecture.patch_values, dtype=torch.float64)
-    for share in equal_shares(
-        data.split.held_out, batch_size=batch_size, rank=rank.index, num_ranks=rank.world_size
-    ):
+    model = engine.model
+    sums = torch.zeros(5, dtype=torch.float64)  # words, patches, text loss, image loss, hits
+    words = torch.zeros(model.encoder.architecture.vocabulary_size, dtype=torch.float64)
+    pictures: Tensor | None = None
+    for share in data.held_out_batches(rank.index, batch_size=batch_size):
         batch = data.held_out_batch(share).to(rank.device)
         losses, predictions = engine.forward(batch)
         goals = batch.targets[batch.masked_text]
-        pixels = engine.model.patch_targets(batch)
         hits = (predictions.logits.argmax(dim=1) == goals).sum()
-        squares = pixels.double().square().mean(dim=1).sum()
-        sums += torch.stack([*batch.counts()[:2], *losses[:2], hits, squares]).double().cpu()
+        sums += torch.stack([*batch.counts()[:2], *losses[:2], hits]).double().cpu()
         words += torch.bincount(goals, minlength=len(words)).double().cpu()
-        patch += pixels.double().sum(dim=0).cpu()
-    total = all_reduce_sum(torch.cat([sums, words, patch]).to(rank.device), rank).cpu()
+        tally = model.target.tally(predictions.patches, predictions.patch_goals).cpu()
+        pictures = tally if pictures is None else pictures + tally
+    assert pictures is not None, "every rank has equally many shares, at least one"
+    total = all_reduce_sum(torch.cat([sums, words, pictures]).to(rank.device), rank).cpu()
     first, second = len(sums), len(sums) + len(words)
-    return _summary(total[:first], total[first:second], total[second:])
+    return _judge_words(total[:first], total[first:second]) | _judge_pictures(
+        model.target, total[:first], total[second:]
+    )
 
 
-def _summary(sums: Tensor, words: Tensor, patch: Tensor) -> dict[str, float]:
-    num_words, num_patches, text_loss, image_loss, hits, squares = sums.tolist()
-    result: dict[str, float] = {}
-    if num_words:
-        shares = words[words > 0] / num_words
-        result |= {
-            "text_loss": text_loss / num_words,
-            "text_loss_unigram": float(-(shares * shares.log()).sum()),
-            "text_accuracy": hits / num_words,
-            "text_accuracy_unigram": float(words.max()) / num_words,
-        }
-    if num_patches:
-        mean = patch / num_patches
-        result |= {
-            "image_loss": image_loss / num_patches,
-            "image_loss_mean_patch": squares / num_patches - float(mean.square().mean()),
-        }
-    return result
+def _judge_words(sums: Tensor, words: Tensor) -> dict[str, float]:
+    num_words, _, text_loss, _, hits = sums.tolist()
+    if not num_words:
+        return {}
+    shares = words[words > 0] / num_words
+    return {
+        "text_loss": text_loss / num_words,
+        "text_loss_unigram": float(-(shares * shares.log()).sum()),
+        "text_accuracy": hits / num_words,
+        "text_accuracy_unigram": float(words.max()) / num_words,
+    }
+
+
+def _judge_pictures(target: PictureTarget, sums: Tensor, pictures: Tensor) -> dict[str, float]:
+    _, num_patches, _, image_loss, _ = sums.tolist()
+    if not num_patches:
+        return {}
+    return target.summary(pictures, loss=image_loss, num_patches=num_patches)
+
+
+def verdict(judged: dict[str, float]) -> Iterator[str]:
+    """Yield lines about what ``judge`` found."""
+    if "text_loss" in judged:
+        yield (
+            f"held-out tokens: {judged['text_accuracy']:.1%} right (most frequent token: "
+            f"{judged['text_accuracy_unigram']:.1%}), loss {judged['text_loss']:.3f} (unigram: "
+            f"{judged['text_loss_unigram']:.3f})"
+        )
+    if "image_accuracy" in judged:
+        yield (
+            f"held-out patches: {judged['image_accuracy']:.1%} of the codes right (most frequent "
+            f"code: {judged['image_accuracy_most_frequent']:.1%}), loss {judged['image_loss']:.3f} "
+            f"(entropy of the codes: {judged['image_loss_entropy']:.3f})"
+        )
+    elif "image_loss" in judged:
+        yield (
+            f"held-out patches: squared error {judged['image_loss']:.4f} (mean patch: "
+            f"{judged['image_loss_mean_patch']:.4f})"
+        )
 
 
 @torch.no_grad()
@@ -96,17 +119,28 @@ def write_reconstructions(
 def _pictures(
     engine: Engine, batch: MaskedBatch, predictions: Predictions
 ) -> dict[str, npt.NDArray[Any]]:
-    size = engine.model.encoder.architecture.patch_size
+    target, size = engine.model.target, engine.model.encoder.architecture.patch_size
     patches = patchify(batch.images, size)
-    pixels = predictions.patches
-    if engine.model.normalise_patches:  # shown with the mean and deviation of the true patch
-        variance, mean = torch.var_mean(patches[batch.masked_patches], dim=1, keepdim=True)
-        pixels = pixels * (variance + _TINY_VARIANCE).sqrt() + mean
-    masked, predicted = patches.clone(), patches.clone()
-    masked[batch.masked_patches] = 0.0
-    predicted[batch.masked_patches] = pixels
-    named = {"original": patches, "masked": masked, "predicted": predicted}
-    return {name: unpatchify(p, size).cpu().numpy() for name, p in named.items()}
+    true = patches[batch.masked_patches]
+    filled = {
+        "original": true,
+        "masked": torch.zeros_like(true),
+        "predicted": target.pixels(predictions.patches, true),
+        "target": target.best_pixels(predictions.patch_goals),
+    }
+    result = {}
+    for name, pixels in filled.items():
+        if pixels is not None:
+            shown = patches.clone()
+            shown[batch.masked_patches] = pixels
+            result[name] = unpatchify(shown, size).cpu().numpy()
+    hits = target.hits(predictions.patches, predictions.patch_goals)
+    if hits is not None:
+        right = torch.zeros_like(batch.masked_patches)
+        right[batch.masked_patches] = hits
+        counts = torch.stack([right.sum(dim=1), batch.masked_patches.sum(dim=1)], dim=1)
+        result["patches_right"] = counts.cpu().numpy()
+    return result
 
 
 def _texts(

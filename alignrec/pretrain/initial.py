@@ -6,23 +6,23 @@ resolution and leaves plain safetensors under our parameter names for all ranks.
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignrec.errors import UserError
 from alignrec.pretrain.architecture import Architecture
+from alignrec.pretrain.checkpoint_files import Tensors, read_tensor_file, some
 from alignrec.pretrain.config import EncoderConfig, PretrainConfig
 from alignrec.pretrain.encoder import WEIGHTS
 from alignrec.pretrain.multiway import POSITION_OFFSET
 from alignrec.pretrain.objective import MaskedModel
+from alignrec.pretrain.targets import PictureTarget
 from alignrec.pretrain.tokenizer import Words
 
 INITIAL = "initial.safetensors"
@@ -30,10 +30,6 @@ TOKEN_EMBEDDINGS = "encoder.text_embed.weight"  # noqa: S105 - a parameter's nam
 POSITIONS = "encoder.encoder.embed_positions.A.weight"
 _HEADS = ("mlm_head.", "mim_head.")
 _OFFICIAL = "beit3."  # prefix of the encoder in microsoft/unilm's checkpoints
-_WRAPPERS = ("model", "module", "state_dict")
-_NAMES_SHOWN = 4
-
-Tensors = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +52,16 @@ def has_initial(config: PretrainConfig) -> bool:
     return config.initial.checkpoint is not None or config.encoder.kind == "towers"
 
 
-def write_initial(config: PretrainConfig, words: Words, target: Path) -> str:
+def write_initial(
+    config: PretrainConfig, words: Words, target: Path, *, picture: PictureTarget | None = None
+) -> str:
     """Write the weights to start from by rename and return a line about them (rank 0 calls it).
+
+    Args:
+        config: settings.
+        words: the tokenizer.
+        target: file to write.
+        picture: what the picture head predicts; without one, pixels.
 
     Raises:
         UserError: the checkpoint or a tower cannot be read or does not fit.
@@ -68,7 +72,7 @@ def write_initial(config: PretrainConfig, words: Words, target: Path) -> str:
         return (
             f"starts from {config.encoder.vision} and {config.encoder.text}: {len(tensors)} tensors"
         )
-    return _write_checkpoint(config, config.initial.checkpoint, words, target)
+    return _write_checkpoint(config, config.initial.checkpoint, words, target, picture)
 
 
 def _tower_tensors(config: EncoderConfig) -> Tensors:
@@ -93,15 +97,21 @@ def _write(tensors: Tensors, target: Path) -> None:
     spare.replace(target)
 
 
-def _write_checkpoint(config: PretrainConfig, checkpoint: Path, words: Words, target: Path) -> str:
+def _write_checkpoint(
+    config: PretrainConfig,
+    checkpoint: Path,
+    words: Words,
+    target: Path,
+    picture: PictureTarget | None,
+) -> str:
     tensors = rename(read_tensors(checkpoint))
-    found = fit(tensors, config, words, source=checkpoint)
+    found = fit(tensors, config, words, source=checkpoint, picture=picture)
     _write(found.tensors, target)
     parts = [f"starts from {checkpoint}: {len(found.tensors)} tensors"]
     if found.fresh:
-        parts.append(f"drawn anew: {_some(found.fresh)}")
+        parts.append(f"drawn anew: {some(found.fresh)}")
     if found.left_out:
-        parts.append(f"left out: {_some(found.left_out)}")
+        parts.append(f"left out: {some(found.left_out)}")
     return "; ".join(parts)
 
 
@@ -111,38 +121,13 @@ def read_initial(path: Path) -> Tensors:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Read a checkpoint without running anything that is in it.
-
-    Args:
-        path: .safetensors, or what ``torch.save`` writes (.pth, .pt, .bin), or the folder of an
-            encoder artifact.
+    """Read a checkpoint, or that of an encoder artifact, without running anything that is in it.
 
     Raises:
         UserError: it is absent, damaged, or holds more than tensors.
     """
     file = path / WEIGHTS if path.is_dir() else path
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"pretrain.initial.checkpoint={path} cannot be read "
-            f"({str(error).strip().partition(chr(10))[0]}). Give BEiT-3's .pth as it is published, "
-            f"or its tensors as .safetensors: anything but tensors is refused, since it could run."
-        ) from error
-    for name in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping):
-        content = {}
-    tensors = {str(name): t for name, t in content.items() if isinstance(t, Tensor)}
-    if not tensors:
-        raise UserError(
-            f"pretrain.initial.checkpoint={path} holds no tensors by name. Give BEiT-3's .pth as "
-            f"it is published."
-        )
-    return tensors
+    return read_tensor_file(file, setting="pretrain.initial.checkpoint", give="BEiT-3's .pth")
 
 
 def rename(tensors: Tensors) -> Tensors:
@@ -156,7 +141,14 @@ def rename(tensors: Tensors) -> Tensors:
     return result
 
 
-def fit(tensors: Tensors, config: PretrainConfig, words: Words, *, source: Path) -> Initial:
+def fit(
+    tensors: Tensors,
+    config: PretrainConfig,
+    words: Words,
+    *,
+    source: Path,
+    picture: PictureTarget | None,
+) -> Initial:
     """Choose the tensors that the model takes over, positions fitted to its resolution.
 
     Raises:
@@ -169,7 +161,7 @@ def fit(tensors: Tensors, config: PretrainConfig, words: Words, *, source: Path)
     if POSITIONS in tensors:
         tensors = tensors | {POSITIONS: fit_positions(tensors[POSITIONS], architecture)}
     with torch.device("meta"):
-        model = MaskedModel(architecture, config.objective)
+        model = MaskedModel(architecture, config.objective, picture)
     expected = {name: p.shape for name, p in model.named_parameters()}
     frozen = model.encoder.frozen_state()
     expected |= {f"encoder.{name}": tensor.shape for name, tensor in frozen.items()}
@@ -228,7 +220,7 @@ def _refuse_misfits(tensors: Tensors, expected: Mapping[str, torch.Size], source
         "unknown": sorted(given - wanted),
         "of other shapes": shapes,
     }
-    told = [f"{len(names)} {fault} ({_some(names)})" for fault, names in faults.items() if names]
+    told = [f"{len(names)} {fault} ({some(names)})" for fault, names in faults.items() if names]
     if told:
         raise UserError(
             f"the tensors of {source} do not fit pretrain.encoder: {'; '.join(told)}. "
@@ -250,8 +242,3 @@ def _sizes_of(tensors: Tensors) -> str:
         f"The checkpoint was made with num_layers: {len(layers)}, width: {embedding.shape[1]}, "
         f"hidden: {len(inner)}, patch_size: {patches.shape[-1]}; set pretrain.encoder to that."
     )
-
-
-def _some(names: tuple[str, ...] | list[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

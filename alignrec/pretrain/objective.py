@@ -1,10 +1,11 @@
 """Inter-content alignment (ICA): predict masked tokens and patches from what is left of both.
 
     L_ICA = mean over masked tokens of -log p(token | rest)
-          + image_weight * mean over masked patches of mean((pixels - predicted pixels)^2)
+          + image_weight * mean over masked patches of the loss of the picture target
 
-Both means run over the whole global batch. A rank returns sums; the trainer divides them by the
-global counts, so that ranks and micro batches of unequal size give the loss of one big batch.
+which is mean((pixels - predicted pixels)^2), or -log p(code | rest) (``targets.py``). Both means
+run over the whole global batch. A rank returns sums; the trainer divides them by the global counts,
+so that ranks and micro batches of unequal size give the loss of one big batch.
 
 In BEiT-3 nothing pulls on the CLS state, though AlignRec takes it for the item's feature. So CLS
 alone has to tell, too, which words the text has, and the masked patches by their positions (an idea
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 from alignrec.data.loader import ItemBatch
 from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import ObjectiveConfig
-from alignrec.pretrain.encoder import make_encoder, patchify
+from alignrec.pretrain.encoder import make_encoder
 from alignrec.pretrain.masking import Masks
 from alignrec.pretrain.multiway import SMALL_STD
+from alignrec.pretrain.targets import PictureTarget, pixel_target
 
 # Means over masked tokens, masked patches, all tokens and masked patches of the global batch.
 LOSSES = ("text", "image", "summary_text", "summary_image")
-_TINY_VARIANCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +86,13 @@ class Predictions:
 
     Attributes:
         logits: (masked tokens, vocabulary).
-        patches: (masked patches, values), in the space of ``patch_targets``.
+        patches: (masked patches, head size of the picture target).
+        patch_goals: (masked patches, ...), what the picture target wants of them.
     """
 
     logits: Float[Tensor, "tokens vocabulary"]
-    patches: Float[Tensor, "patches values"]
+    patches: Float[Tensor, "patches head"]
+    patch_goals: Tensor
 
 
 class Summary(nn.Module):
@@ -113,15 +116,25 @@ class Summary(nn.Module):
 
 
 class MaskedModel(nn.Module):
-    """Encoder with the two prediction heads and, where asked for, the summary."""
+    """Encoder with the two prediction heads and, where asked for, the summary.
 
-    def __init__(self, architecture: Architecture, objective: ObjectiveConfig) -> None:
+    The picture target is no part of the module: what it computes goals with is not trained, so
+    DeepSpeed must not divide it over ranks, nor a checkpoint hold it.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        objective: ObjectiveConfig,
+        target: PictureTarget | None = None,
+    ) -> None:
+        """Make the layers; without a target the pixels are predicted."""
         super().__init__()
         width = architecture.width
-        self.normalise_patches = objective.normalise_patches
+        self.target = target or pixel_target(architecture, normalise=objective.normalise_patches)
         self.encoder = make_encoder(architecture)
         self.mlm_head = nn.Linear(width, architecture.vocabulary_size)
-        self.mim_head = nn.Linear(width, architecture.patch_values)
+        self.mim_head = nn.Linear(width, self.target.head_size)
         self.summary = (
             Summary(width, architecture.num_patches) if objective.summary_weight else None
         )
@@ -141,11 +154,12 @@ class MaskedModel(nn.Module):
         predictions = Predictions(
             self.mlm_head(streams.text[batch.masked_text]).float(),
             self.mim_head(streams.vision[:, 1:][batch.masked_patches]).float(),
+            self.target.goals(batch.images, batch.masked_patches),
         )
-        words, pixels = batch.targets[batch.masked_text], self.patch_targets(batch)
+        words, goals = batch.targets[batch.masked_text], predictions.patch_goals
         sums = [
             F.cross_entropy(predictions.logits, words, reduction="sum"),
-            squared_error(predictions.patches, pixels),
+            self.target.loss(predictions.patches, goals),
         ]
         if self.summary is None:
             sums += [torch.zeros_like(sums[0])] * 2
@@ -155,34 +169,22 @@ class MaskedModel(nn.Module):
             told = log_shares.gather(1, batch.targets)  # (batch, length)
             sums += [
                 -told.masked_fill(batch.text_padding, 0.0).sum(),
-                squared_error(self.mim_head(for_patches).float(), pixels),
+                self.target.loss(self.mim_head(for_patches).float(), goals),
             ]
         return torch.stack(sums), predictions
 
-    def patch_targets(self, batch: MaskedBatch) -> Float[Tensor, "patches values"]:
-        """Return the pixels to predict, -1 .. 1 or normalised per patch."""
-        patches = patchify(batch.images, self.encoder.architecture.patch_size)
-        pixels = patches[batch.masked_patches]
-        if not self.normalise_patches:
-            return pixels
-        variance, mean = torch.var_mean(pixels, dim=1, keepdim=True)
-        return (pixels - mean) / (variance + _TINY_VARIANCE).sqrt()
-
-
-def squared_error(
-    predicted: Float[Tensor, "patches values"], target: Float[Tensor, "patches values"]
-) -> Float[Tensor, ""]:
-    """Return the sum over patches of the mean squared error of a patch."""
-    return (predicted - target).square().mean(dim=1).sum()
-
 
 def build_model(
-    architecture: Architecture, objective: ObjectiveConfig, *, seed: int
+    architecture: Architecture,
+    objective: ObjectiveConfig,
+    *,
+    seed: int,
+    target: PictureTarget | None = None,
 ) -> MaskedModel:
     """Return a model whose parameters are a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MaskedModel(architecture, objective)
+        model = MaskedModel(architecture, objective, target)
         model.reset_parameters()
     return model
 

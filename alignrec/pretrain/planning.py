@@ -22,8 +22,9 @@ from alignrec.pretrain.data import split_rows
 from alignrec.pretrain.deepspeed_config import OFFLOAD_STAGES, deepspeed_settings
 from alignrec.pretrain.given_tokenizer import read_given
 from alignrec.pretrain.initial import TOKEN_EMBEDDINGS, read_tensors, rename
-from alignrec.pretrain.memory import Memory, memory_per_rank
+from alignrec.pretrain.memory import Memory, TargetSize, memory_per_rank
 from alignrec.pretrain.objective import MaskedModel
+from alignrec.pretrain.target_files import planned_target
 from alignrec.pretrain.tokenizer import Words, as_words, read_texts, train
 
 ZERO_STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
@@ -106,8 +107,9 @@ def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
     split = split_rows(table, config)
     steps = -(-len(split.train) // config.global_batch_size)
     all_steps = config.epochs * steps
+    target = planned_target(config, architecture, table)
     with torch.device("meta"):
-        model = MaskedModel(architecture, config.objective)
+        model = MaskedModel(architecture, config.objective, target)
     sizes = [parameter.numel() for parameter in model.parameters()]
     num_frozen = sum(tensor.numel() for tensor in model.encoder.frozen_state().values())
     mean_length = sum(len(words(text)) for text in texts) / max(len(texts), 1)
@@ -136,6 +138,12 @@ def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
                 largest=max(sizes),
                 num_ranks=config.num_ranks,
                 num_frozen=num_frozen,
+                target=TargetSize(
+                    head_size=target.head_size,
+                    is_codes=config.objective.targets != "pixels",
+                    frozen_bytes=target.frozen_bytes,
+                    working_bytes=target.working_bytes(micro),
+                ),
             )
             for number in ZERO_STAGES
             if number or config.precision == "fp32"
@@ -158,7 +166,7 @@ def describe(found: RunPlan, config: PretrainConfig) -> str:
     ]
     for number, memory in found.memory.items():
         cells = (
-            (memory.parameters, 10),
+            (memory.parameters + memory.targets, 10),
             (memory.master, 8),
             (memory.moments, 8),
             (memory.gradients, 10),

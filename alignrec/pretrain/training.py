@@ -23,12 +23,13 @@ from alignrec.distributed.process_group import (
 )
 from alignrec.distributed.watchdog import Watchdog
 from alignrec.errors import StageFailure
+from alignrec.pretrain.bridges import prepare_bridges, read_bridges
 from alignrec.pretrain.compilation import compile_layers
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
 from alignrec.pretrain.encoder import load_weights, save_encoder
 from alignrec.pretrain.engine import Engine, deepspeed_group
-from alignrec.pretrain.held_out import judge, write_reconstructions
+from alignrec.pretrain.held_out import judge, verdict, write_reconstructions
 from alignrec.pretrain.initial import (
     INITIAL,
     TOKEN_EMBEDDINGS,
@@ -44,6 +45,7 @@ from alignrec.pretrain.objective import (
     loss_weights,
 )
 from alignrec.pretrain.schedule import learning_rate
+from alignrec.pretrain.target_files import open_target, prepare_target
 from alignrec.pretrain.tokenizer import TOKENIZER, Words, load_words, write_tokenizer
 from alignrec.pretrain.word_vectors import VECTORS, read_word_vectors, write_word_vectors
 from alignrec.stage import Context
@@ -94,26 +96,45 @@ def _open_draft(
 ) -> artifacts.Draft:
     if rank.is_first:
         draft = artifacts.open_draft(context.output, fingerprint=context.fingerprint)
-        _prepare(config, context.inputs["dataset"], draft, telemetry)
+        _prepare(config, context.inputs["dataset"], draft, rank, telemetry)
     barrier(rank)
     return artifacts.Draft(artifacts.partial_path(context.output))
 
 
 def _prepare(
-    config: PretrainConfig, dataset: Path, draft: artifacts.Draft, telemetry: Telemetry
+    config: PretrainConfig,
+    dataset: Path,
+    draft: artifacts.Draft,
+    rank: Rank,
+    telemetry: Telemetry,
 ) -> None:
-    """Write what all ranks start from, unless a killed run has left it: tokenizer and weights."""
+    """Write what all ranks start from, unless a killed run has left it."""
     if not (draft.path / TOKENIZER).exists():
         written = draft.work / TOKENIZER
         write_tokenizer(dataset, config.tokenizer, written)
         written.replace(draft.path / TOKENIZER)
     words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
+    architecture = config.encoder.architecture(words.vocabulary_size)
+    prepare_target(
+        config,
+        architecture,
+        dataset=dataset,
+        words=words,
+        draft=draft,
+        device=rank.device,
+        telemetry=telemetry,
+    )
     if has_initial(config):
         if not (draft.work / INITIAL).exists():
-            telemetry.say(write_initial(config, words, draft.work / INITIAL))
+            target = open_target(config, architecture, draft.path, torch.device("cpu"))
+            telemetry.say(write_initial(config, words, draft.work / INITIAL, picture=target))
+        prepare_bridges(
+            config, words, dataset, draft.work, device=rank.device, telemetry=telemetry
+        )
     elif config.tokenizer.initial_vectors == "texts" and not (draft.work / VECTORS).exists():
-        width = config.encoder.architecture(words.vocabulary_size).width
-        write_word_vectors(dataset, words, draft.work / VECTORS, width=width, seed=config.seed)
+        write_word_vectors(
+            dataset, words, draft.work / VECTORS, width=architecture.width, seed=config.seed
+        )
 
 
 class Trainer:
@@ -133,6 +154,7 @@ class Trainer:
         self.words = words
         self.rank = rank
         self.telemetry = telemetry
+        self.folder = folder
         self.checkpoints = folder / artifacts.WORK / CHECKPOINTS
         self.step = 0
         self.num_steps = config.epochs * data.plan.steps_per_epoch
@@ -151,7 +173,9 @@ class Trainer:
         state |= _load_state(found) if found else {}
         # a checkpoint may have embeddings for more tokens than its tokenizer has
         rows = len(state.get(TOKEN_EMBEDDINGS, range(self.words.vocabulary_size)))
-        model = build_model(config.encoder.architecture(rows), config.objective, seed=config.seed)
+        architecture = config.encoder.architecture(rows)
+        target = open_target(config, architecture, self.folder, self.rank.device)
+        model = build_model(architecture, config.objective, seed=config.seed, target=target)
         weights = {n: t for n, t in state.items() if "/" not in n}
         if found:
             load_weights(model, weights)
@@ -172,7 +196,7 @@ class Trainer:
         """Return the parameters that a new run does not draw at random."""
         work = self.checkpoints.parent
         if has_initial(self.config):
-            return read_initial(work / INITIAL)
+            return read_initial(work / INITIAL) | read_bridges(work)
         if self.config.tokenizer.initial_vectors == "texts":
             return {TOKEN_EMBEDDINGS: read_word_vectors(work / VECTORS)}
         return {}
@@ -307,7 +331,7 @@ def _finish(trainer: Trainer, draft: artifacts.Draft) -> dict[str, Tensor]:
     rank, data = trainer.rank, trainer.data
     trainer.engine.use_average()
     judged = judge(trainer.engine, data, rank, batch_size=data.plan.micro_batch_size)
-    for line in _verdict(judged):
+    for line in verdict(judged):
         trainer.telemetry.say(line)
     draft.facts |= _facts(trainer, judged)
     write_reconstructions(trainer.engine, data, trainer.words, rank, draft.path)
@@ -351,20 +375,8 @@ def _facts(trainer: Trainer, judged: dict[str, float]) -> dict[str, Any]:
         "num_ranks": trainer.rank.world_size,
         "zero_stage": trainer.config.zero_stage,
     }
+    if quality := trainer.engine.model.target.facts:
+        facts["targets"] = quality
     if trainer.samples_per_second is not None:
         facts["samples_per_second"] = round(trainer.samples_per_second, 2)
     return facts
-
-
-def _verdict(judged: dict[str, float]) -> Iterator[str]:
-    if "text_loss" in judged:
-        yield (
-            f"held-out tokens: {judged['text_accuracy']:.1%} right (most frequent token: "
-            f"{judged['text_accuracy_unigram']:.1%}), loss {judged['text_loss']:.3f} (unigram: "
-            f"{judged['text_loss_unigram']:.3f})"
-        )
-    if "image_loss" in judged:
-        yield (
-            f"held-out patches: squared error {judged['image_loss']:.4f} (mean patch: "
-            f"{judged['image_loss_mean_patch']:.4f})"
-        )
