@@ -7,6 +7,7 @@ STAGE = Stage(
     kind="graph",
     config="alignrec.graph.config:GraphConfig",
     run="alignrec.graph.building:run",
+    version=2,  # 2: streaming places nodes in blocks that do not depend on the files
     inputs=("dataset", "features"),
     optional_inputs=(),
 )

@@ -9,8 +9,9 @@ the parts.
 """
 
 import dataclasses
+import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,16 +29,22 @@ _PART_PASSES = 4
 # Room beyond the average, as a share of it.
 _CLUSTER_SLACK = 1.0
 _PART_SLACK = 0.05
-# Nodes that are placed together, as things were before: at most so many, with so many scores.
+# Nodes that are placed together, as things were before: at most so many, with so many scores and
+# edges.
 _BLOCK_NODES = 4096
 _BLOCK_SCORES = 1 << 19
+_BLOCK_EDGES = 1 << 17
+# Edges in a file of consecutive items, and how many files there are at most: each block of edges
+# that is read opens all of them.
 _BUCKET_EDGES = 1 << 19
+_MAX_BUCKETS = 1024
 # A place that is as good is not worth a move; below one edge.
 _STAY = 0.5
 _ROUNDS = 8
 _EDGE = np.dtype([("item", "<i4"), ("user", "<i4")])
 
 Labels = dict[NodeType, npt.NDArray[np.int32]]
+Ids = npt.NDArray[np.integer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +108,6 @@ class Rows:
     similar_indptr: npt.NDArray[np.int64] | None = None
     similar: npt.NDArray[np.integer] | None = None
 
-    def split(self, size: int) -> Iterator["Rows"]:
-        """Yield the rows, at most ``size`` nodes at a time."""
-        for start in range(0, len(self.indptr) - 1, size):
-            stop = min(start + size, len(self.indptr) - 1)
-            own = _slice(self.indptr, self.neighbors, start, stop)
-            if self.similar_indptr is None or self.similar is None:
-                yield Rows(self.first + start, *own)
-            else:
-                similar = _slice(self.similar_indptr, self.similar, start, stop)
-                yield Rows(self.first + start, *own, *similar)
-
 
 class EdgeRows:
     """Every node's neighbours, users and items in turn, again and again from disk.
@@ -134,42 +130,36 @@ class EdgeRows:
             self.weight[ITEM] = self.weight[ITEM] + np.diff(graph.similar.indptr)
         self._cuts = self._sort_by_item()
 
-    def read(self, node_type: NodeType) -> Iterator[Rows]:
-        """Yield the rows of all nodes of a type, ascending."""
-        return self._users() if node_type == USER else self._items()
+    def read(self, node_type: NodeType, size: int = _BLOCK_NODES) -> Iterator[Rows]:
+        """Yield the rows of all nodes of a type, ascending.
 
-    def _users(self) -> Iterator[Rows]:
-        indptr = self._indptr[USER]
-        first, arrived = 0, 0
-        waiting = np.empty(0, dtype=np.int64)
-        for block in self.graph.blocks(RATES):
-            waiting = np.concatenate([waiting, block.target])
-            arrived += len(block)
-            last = int(np.searchsorted(indptr, arrived, side="right")) - 1
-            if last > first:
-                own = indptr[first : last + 1] - indptr[first]
-                yield Rows(first, own, waiting[: own[-1]])
-                waiting, first = waiting[own[-1] :], last
+        Which rows come together depends on ``size`` and the nodes' degrees alone, not on the files.
 
-    def _items(self) -> Iterator[Rows]:
-        indptr = self._indptr[ITEM]
-        for number, (first, last) in enumerate(zip(self._cuts, self._cuts[1:], strict=False)):
-            users = np.fromfile(self._path(number), dtype=_EDGE)["user"]
-            own = indptr[first : last + 1] - indptr[first]
-            if not self._with_similar:
-                yield Rows(first, own, users)
-                continue
-            similar = self.graph.similar
-            pointer = similar.indptr[first : last + 1]
-            inside = np.array(similar.indices[int(pointer[0]) : int(pointer[-1])])
-            yield Rows(first, own, users, pointer - pointer[0], inside)
+        Args:
+            node_type: users or items.
+            size: nodes at once at most; fewer where they have many edges.
+        """
+        if node_type == USER:
+            arrays: Iterator[Ids] = (block.target for block in self.graph.blocks(RATES))
+        else:
+            numbers = range(len(self._cuts) - 1)
+            arrays = (np.fromfile(self._path(n), dtype=_EDGE)["user"].copy() for n in numbers)
+        for rows in _grouped(arrays, self._indptr[node_type], size):
+            yield self._and_similar(rows) if node_type == ITEM and self._with_similar else rows
+
+    def _and_similar(self, rows: Rows) -> Rows:
+        similar = self.graph.similar
+        pointer = similar.indptr[rows.first : rows.first + len(rows.indptr)]
+        inside = np.array(similar.indices[int(pointer[0]) : int(pointer[-1])])
+        return dataclasses.replace(rows, similar_indptr=pointer - pointer[0], similar=inside)
 
     def _sort_by_item(self) -> list[int]:
         """Write the interactions into files of consecutive items; return where these begin."""
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
         indptr = self._indptr[ITEM]
-        wanted = np.arange(0, indptr[-1], _BUCKET_EDGES)
+        size = max(_BUCKET_EDGES, int(indptr[-1]) // _MAX_BUCKETS)
+        wanted = np.arange(0, indptr[-1], size)
         cuts = np.unique(np.concatenate([np.searchsorted(indptr, wanted), [0, len(indptr) - 1]]))
         for block in self.graph.blocks(RATES):
             edges = np.empty(len(block), dtype=_EDGE)
@@ -198,9 +188,8 @@ class _Passes:
         """Place every user, then every item, block by block."""
         size = max(min(_BLOCK_NODES, _BLOCK_SCORES // self._count), 1)
         for node_type in NODE_TYPES:
-            for rows in self._rows.read(node_type):
-                for block in rows.split(size):
-                    self._place(node_type, block)
+            for rows in self._rows.read(node_type, size):
+                self._place(node_type, rows)
 
     def weights(self) -> npt.NDArray[np.int64]:
         """Return the weight of each label, users and items in equal shares of 1000."""
@@ -317,8 +306,26 @@ def _histogram(
     return flat.reshape(-1, count).astype(np.float64)
 
 
-def _slice(
-    indptr: npt.NDArray[np.int64], values: npt.NDArray[np.integer], start: int, stop: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.integer]]:
-    own = indptr[start : stop + 1]
-    return own - own[0], values[int(own[0]) : int(own[-1])]
+def _grouped(arrays: Iterable[Ids], indptr: npt.NDArray[np.int64], size: int) -> Iterator[Rows]:
+    """Yield rows by ``size`` nodes, or by fewer with about ``_BLOCK_EDGES`` edges.
+
+    Args:
+        arrays: neighbours of all nodes, one node after another, in pieces of any length.
+        indptr: where each node's neighbours begin in them.
+        size: nodes at once.
+    """
+    last_node = len(indptr) - 1
+    by_edges = np.searchsorted(indptr, np.arange(0, indptr[-1], _BLOCK_EDGES))
+    cuts = np.union1d(np.arange(0, last_node, size), np.append(by_edges, last_node)).tolist()
+    groups = itertools.pairwise(cuts)
+    first, last = next(groups, (0, 0))
+    waiting: Ids | None = None
+    arrived = 0
+    for array in arrays:
+        waiting = array if waiting is None else np.concatenate([waiting, array])
+        arrived += len(array)
+        while first < last and indptr[last] <= arrived:
+            own = indptr[first : last + 1] - indptr[first]
+            yield Rows(first, own, waiting[: own[-1]])
+            waiting = waiting[own[-1] :]
+            first, last = next(groups, (0, 0))

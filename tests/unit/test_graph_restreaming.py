@@ -1,5 +1,6 @@
 """The streaming partitioner: few edges cut, balance kept, nothing but blocks of edges."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,7 @@ def test_weight_is_within_the_bound(graph: GraphStreams, tmp_path: Path) -> None
         assert parts[node_type].dtype == np.int32
 
 
-def test_same_seed_same_parts_whatever_the_files(
-    graph: GraphStreams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_seed_same_parts(graph: GraphStreams, tmp_path: Path) -> None:
     first = StreamingPartitioner(3, with_similar=True, work=tmp_path / "w").assign(graph, 4)
     again = StreamingPartitioner(3, with_similar=True, work=tmp_path / "w").assign(graph, 4)
     other = StreamingPartitioner(4, with_similar=True, work=tmp_path / "w").assign(graph, 4)
@@ -97,30 +96,66 @@ def test_same_seed_same_parts_whatever_the_files(
         assert (first[node_type] != other[node_type]).any()
 
 
-def test_rows_are_all_neighbours_of_all_nodes(
+@pytest.mark.parametrize("block_edges", [130, 1 << 17])
+@pytest.mark.parametrize("row_group_size", [70, 100_000])
+@pytest.mark.parametrize("buckets", [1, 40])
+def test_same_parts_whatever_the_files(
+    graph: GraphStreams,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block_edges: int,
+    row_group_size: int,
+    buckets: int,
+) -> None:
+    monkeypatch.setattr(restreaming, "_BLOCK_NODES", 50)
+    monkeypatch.setattr(restreaming, "_BLOCK_EDGES", 400)
+    monkeypatch.setattr(restreaming, "_CLUSTER_PASSES", 2)
+    wanted = StreamingPartitioner(3, with_similar=True, work=tmp_path / "w").assign(graph, 4)
+    path = tmp_path / "train.parquet"
+    pq.write_table(pq.read_table(graph.interactions), path, row_group_size=row_group_size)
+    monkeypatch.setattr(edges, "BLOCK_EDGES", block_edges)
+    monkeypatch.setattr(restreaming, "_BUCKET_EDGES", 1)
+    monkeypatch.setattr(restreaming, "_MAX_BUCKETS", buckets)
+    same = dataclasses.replace(graph, interactions=path)
+    found = StreamingPartitioner(3, with_similar=True, work=tmp_path / "w").assign(same, 4)
+    for node_type in NODE_TYPES:
+        np.testing.assert_array_equal(found[node_type], wanted[node_type])
+
+
+def test_the_number_of_files_is_bounded(
     graph: GraphStreams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restreaming, "_BUCKET_EDGES", 1)
+    monkeypatch.setattr(restreaming, "_MAX_BUCKETS", 20)
+    restreaming.EdgeRows(graph, tmp_path / "work", with_similar=False)
+    assert 10 < len(list((tmp_path / "work").iterdir())) <= 21
+
+
+@pytest.mark.parametrize("size", [1, 17, 5000])
+def test_rows_are_all_neighbours_of_all_nodes(
+    graph: GraphStreams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(edges, "BLOCK_EDGES", 130)
     monkeypatch.setattr(restreaming, "_BUCKET_EDGES", 700)
+    monkeypatch.setattr(restreaming, "_BLOCK_EDGES", 1000)
     rows = restreaming.EdgeRows(graph, tmp_path / "work", with_similar=True)
     pairs = {USER: set(), ITEM: set()}
     similar = set()
     for node_type in NODE_TYPES:
         next_node = 0
-        for whole in rows.read(node_type):
-            for block in whole.split(17):
-                assert block.first == next_node
-                next_node += len(block.indptr) - 1
-                ids = block.first + np.repeat(
-                    np.arange(len(block.indptr) - 1), np.diff(block.indptr)
-                )
-                pairs[node_type] |= set(zip(ids.tolist(), block.neighbors.tolist(), strict=True))
-                if block.similar_indptr is not None and block.similar is not None:
-                    counts = np.diff(block.similar_indptr)
-                    ids = block.first + np.repeat(np.arange(len(counts)), counts)
-                    similar |= set(zip(ids.tolist(), block.similar.tolist(), strict=True))
-        # Users without interactions at the end come in no block: they stay where they are.
-        assert next_node >= np.flatnonzero(graph.degree[node_type]).max() + 1
+        for block in rows.read(node_type, size):
+            assert block.first == next_node
+            assert 0 < len(block.indptr) - 1 <= size
+            # The last node of a block may have more edges than fit.
+            assert block.indptr[-2] <= 1000
+            next_node += len(block.indptr) - 1
+            ids = block.first + np.repeat(np.arange(len(block.indptr) - 1), np.diff(block.indptr))
+            pairs[node_type] |= set(zip(ids.tolist(), block.neighbors.tolist(), strict=True))
+            if block.similar_indptr is not None and block.similar is not None:
+                counts = np.diff(block.similar_indptr)
+                ids = block.first + np.repeat(np.arange(len(counts)), counts)
+                similar |= set(zip(ids.tolist(), block.similar.tolist(), strict=True))
+        assert next_node == graph.num_nodes[node_type]
     table = pq.read_table(graph.interactions)
     expected = set(zip(*(table[c].to_pylist() for c in ("user_index", "item_index")), strict=True))
     assert pairs[USER] == expected
