@@ -59,8 +59,8 @@ class Clusters:
         Returns:
             Sum of the squared distances of the vectors to their centres of that moment.
         """
-        self.sums //= 2
         self.counts //= 2
+        self.sums = self.centers.long() * self.counts[:, None]
         given = torch.zeros_like(self.counts)
         spread = torch.zeros_like(self.counts)
         for batch in batches:
@@ -93,9 +93,8 @@ class Clusters:
         step = torch.ones_like(self.centers[0])
         step[1::2] = -1
         self.centers[empty] = (self.centers[wide] + step).clamp(-LIMIT, LIMIT)
-        self.sums[wide] //= 2
-        self.counts[wide] //= 2
-        self.sums[empty], self.counts[empty] = self.sums[wide], self.counts[wide]
+        for parted in (wide, empty):  # what they were given before says nothing about either
+            self.counts[parted] = 0
 
 
 def nearest(
