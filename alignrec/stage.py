@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from alignrec import artifacts, configuration
+from alignrec.artifacts import Manifest
 from alignrec.errors import StageFailure, UserError
 
 # An input is named by its kind, but for a second artifact of the same kind.
 INPUT_KINDS = {"ablation": "embeddings"}
+# Name of the fact, and in a fingerprint, of the artifact that a stage went on from.
+EARLIER = "earlier"
 _STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -86,13 +89,27 @@ class Stage:
         """Return what a finished artifact must carry to be reused.
 
         A configuration with ``source_identity() -> str`` adds the state of what it reads from
-        outside of the artifacts, such as a raw catalogue.
+        outside of the artifacts, such as a raw catalogue. One with ``earlier() -> Manifest | None``
+        adds the identity of the artifact that it goes on from. The stage may put its result in that
+        one's place: then the result is what was asked for, and what it went on from counts.
         """
         identities = {name: artifacts.read(path).identity for name, path in inputs.items()}
         if isinstance(config, ReadsSources):
             identities["sources"] = config.source_identity()
-        return artifacts.fingerprint(
-            self.name, self.version, configuration.result_settings(config), identities
+        settings = configuration.result_settings(config)
+
+        def made_from(earlier: Mapping[str, str]) -> str:
+            return artifacts.fingerprint(
+                self.name, self.version, settings, {**identities, **earlier}
+            )
+
+        earlier = config.earlier() if isinstance(config, GoesOn) else None
+        if earlier is None:
+            return made_from({})
+        before = earlier.facts.get(EARLIER)
+        finished = made_from({EARLIER: before["identity"]} if before else {})
+        return (
+            finished if finished == earlier.fingerprint else made_from({EARLIER: earlier.identity})
         )
 
 
@@ -102,6 +119,18 @@ class ReadsSources(Protocol):
 
     def source_identity(self) -> str:
         """Return a digest of what is there now (paths, sizes, times or checksums)."""
+        ...
+
+
+@typing.runtime_checkable
+class GoesOn(Protocol):
+    """A configuration that names an artifact of the same kind to go on from.
+
+    What was gone on from is kept in the result's facts, under ``EARLIER``, with its "identity".
+    """
+
+    def earlier(self) -> Manifest | None:
+        """Return its manifest; None where the work starts from nothing."""
         ...
 
 

@@ -115,8 +115,8 @@ def _do(
 ) -> Result:
     output = run_dir / step.name
     inputs = {name: run_dir / provider for name, provider in step.inputs.items()}
-    fingerprint = step.stage.fingerprint(step.config, inputs)
     artifacts.recover(output)
+    fingerprint = step.stage.fingerprint(step.config, inputs)  # may look at the output itself
     manifest = _finished(output)
     if (
         manifest is not None

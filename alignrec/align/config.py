@@ -2,14 +2,51 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Literal
 
+from alignrec import artifacts
 from alignrec.configuration import option
 from alignrec.errors import UserError
 
 _NUM_NEIGHBORS = 10
 # Smallest temperature whose exponentials stay above float32's smallest number: exp(-2 / 0.03).
 MIN_TEMPERATURE = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialConfig:
+    """Earlier embeddings to go on from, such as yesterday's."""
+
+    embeddings: Path | None = option(
+        None,
+        "folder of an embeddings artifact of the same catalogue, smaller perhaps; may be the one "
+        "that this stage writes",
+        affects_result=False,  # what lies there counts: AlignConfig.earlier
+    )
+    optional: bool = option(
+        False,
+        "start at random where nothing is there yet, as on the first night",
+        affects_result=False,
+    )
+    learning_rate_factor: float = option(
+        1.0, "factor on the learning rate of a run that goes on from embeddings", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse settings that another one makes idle.
+
+        Raises:
+            UserError: a setting for embeddings that are not named.
+        """
+        if self.embeddings is not None:
+            return
+        for name in ("optional", "learning_rate_factor"):
+            if getattr(self, name) != getattr(InitialConfig, name):
+                raise UserError(
+                    f"initial.{name}={getattr(self, name)} has no effect without "
+                    f"initial.embeddings. Leave it out or name a folder."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +70,8 @@ class AlignConfig:
     )
     seed: int = option(0, "seed of initial values, order, negatives and sampling", minimum=0)
 
+    initial: InitialConfig = option(InitialConfig(), "embeddings to go on from")
+
     embedding_dim: int = option(64, "size d of embeddings", minimum=1)
     layers: int = option(2, "number L of propagations over the user-item graph", minimum=1)
     content: bool = option(
@@ -42,6 +81,12 @@ class AlignConfig:
     )
     paper_compatible: bool = option(
         False, "train the feature table and let REG's target drift with it, as the released code"
+    )
+    cold_items: Literal["similar", "own"] | None = option(
+        None,
+        "H_id of an item without training interactions: similar: the mean of its similar items'; "
+        "own: its own ID embedding's share (default similar; own without content or with "
+        "paper_compatible)",
     )
 
     temperature: float = option(
@@ -68,6 +113,16 @@ class AlignConfig:
     checkpoint_steps: int = option(
         500, "optimizer steps between checkpoints", minimum=1, affects_result=False
     )
+    timeout_seconds: float = option(
+        300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False
+    )
+    watchdog_seconds: float | None = option(
+        240.0,
+        "a rank without progress for this long writes its stacks to its log and is named; best "
+        "less than timeout_seconds; null: never",
+        minimum=1,
+        affects_result=False,
+    )
 
     def __post_init__(self) -> None:
         if self.mode == "full":
@@ -79,6 +134,32 @@ class AlignConfig:
                 "paper_compatible=true trains the whole feature table, which mode sampled keeps "
                 "read-only in the partitions. Set mode: full, or paper_compatible: false."
             )
+        self._check_start()
+
+    def earlier(self) -> artifacts.Manifest | None:
+        """Return the manifest of the embeddings that training goes on from, if there are any.
+
+        Raises:
+            UserError: they are named, not optional, and not there, or of another kind.
+        """
+        initial = self.initial
+        if initial.embeddings is None:
+            return None
+        if initial.optional and not (initial.embeddings / artifacts.MANIFEST).exists():
+            return None
+        return artifacts.read(initial.embeddings, "embeddings")
+
+    def going_on(self) -> "AlignConfig":
+        """Return the settings of a run that goes on from earlier embeddings."""
+        rate = self.learning_rate * self.initial.learning_rate_factor
+        return dataclasses.replace(self, learning_rate=rate)
+
+    @property
+    def cold_from_similar(self) -> bool:
+        """Whether items without training interactions take H_id from their similar items."""
+        if self.cold_items is not None:
+            return self.cold_items == "similar"
+        return self.content and not self.paper_compatible
 
     @property
     def neighbors(self) -> tuple[int, ...]:
@@ -93,6 +174,18 @@ class AlignConfig:
         if not self.content:
             return ()
         return (self.num_similar if self.num_similar is not None else _NUM_NEIGHBORS,)
+
+    def _check_start(self) -> None:
+        if self.paper_compatible and self.initial.embeddings is not None:
+            raise UserError(
+                "paper_compatible=true trains a table of features that belongs to one catalogue, "
+                "so it cannot go on from initial.embeddings. Leave one of the two out."
+            )
+        if self.cold_items == "similar" and not self.content:
+            raise UserError(
+                "cold_items=similar needs the item-item graph, which content=false does not read. "
+                "Leave cold_items out."
+            )
 
     def _check_full(self) -> None:
         for name in ("num_neighbors", "num_similar"):

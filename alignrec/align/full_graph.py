@@ -3,20 +3,23 @@
 All of the graph and of the embeddings is in this process's memory; PAPER.md's defaults, exactly.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alignrec import checkpoint
 from alignrec.align.batches import Triples, TripleSchedule
+from alignrec.align.cold import fill_cold
 from alignrec.align.config import AlignConfig
 from alignrec.align.content import Content, DriftingContent, FixedContent
 from alignrec.align.dense_adam import DenseAdam, below
+from alignrec.align.initial import Earlier, take_over
 from alignrec.align.inputs import Inputs
 from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_rows
 from alignrec.align.objective import Representations, Terms, objective
@@ -28,6 +31,8 @@ from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
 from alignrec.data.csr import CSR
 from alignrec.distributed.process_group import Rank
+from alignrec.distributed.watchdog import Beat, unwatched
+from alignrec.graph.schema import ITEM, RATES, REV_RATES, USER, EdgeType
 
 
 class FullGraphModel(nn.Module):
@@ -65,11 +70,49 @@ class FullGraphModel(nn.Module):
         user_content = self._rates.multiply(item_content)
         return Representations(user_id, item_id, user_content, item_content)
 
+    def final(self, cold: Bool[Tensor, " num_items"] | None) -> tuple[Tensor, Tensor]:
+        """Return (user, item) final representations, for ranking.
+
+        Args:
+            cold: items whose H_id comes from their similar items; None: all have their own.
+        """
+        nodes = self.represent()
+        if cold is not None and self._similar is not None:
+            filled = fill_cold(nodes.item_id, cold, self._similar.multiply)
+            nodes = dataclasses.replace(nodes, item_id=filled)
+        return nodes.fused()
+
+    @torch.no_grad()
+    def go_on(self, earlier: Earlier) -> None:
+        """Start from an earlier run's parameters."""
+        drawn = {USER: self.user.data, ITEM: self.item.data}
+        ids = {table: torch.arange(len(rows)) for table, rows in drawn.items()}
+        take_over(earlier, drawn, ids, self._pull, content=self.content is not None)
+        if earlier.gate is not None:
+            self.gate.load_state_dict(earlier.gate)
+
+    def _pull(self, edge_type: EdgeType, source: Tensor) -> Tensor:
+        """Return the weighted sum over in-edges of each destination node."""
+        if edge_type == REV_RATES:
+            return self._rates.multiply(source)
+        if edge_type == RATES:
+            return self._rates.transpose.multiply(source)
+        assert self._similar is not None
+        return self._similar.multiply(source)
+
 
 class FullGraphTrainer:
     """One optimizer over the whole model (a ``Trainer`` of ``alignrec.align.training``)."""
 
-    def __init__(self, config: AlignConfig, inputs: Inputs, rank: Rank) -> None:
+    def __init__(
+        self,
+        config: AlignConfig,
+        inputs: Inputs,
+        rank: Rank,
+        *,
+        earlier: Earlier | None = None,
+        beat: Beat = unwatched,
+    ) -> None:
         self._config = config
         self._rank = rank
         train = inputs.interactions("train")
@@ -77,12 +120,16 @@ class FullGraphTrainer:
         self.num_steps = self._schedule.num_steps
         self.num_triples = len(train.columns)
         self.model = _build_model(config, inputs, train, rank.device)
+        if earlier is not None:
+            self.model.go_on(earlier)
+        self._cold = _cold_items(config, train, rank.device)
         self._adam = DenseAdam(self.model)
         self._validation = Validation(
             train,
             inputs.interactions("valid"),
             removed=inputs.removed_items(),
             block_users=config.evaluation_block,
+            beat=beat,
         )
         self._best: dict[str, Tensor] = {}
 
@@ -110,14 +157,14 @@ class FullGraphTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """See ``Trainer``."""
-        user, item = self.model.represent().fused()
+        user, item = self.model.final(self._cold)
         return metrics_from(self._validation.totals(user, item))
 
-    @torch.no_grad()
     def traffic(self) -> dict[str, float]:
         """See ``Trainer``; nothing is sampled."""
         return {}
 
+    @torch.no_grad()
     def keep_best(self) -> None:
         """See ``Trainer``."""
         self._best = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -142,11 +189,19 @@ class FullGraphTrainer:
     def write_best(self, draft: Draft) -> None:
         """See ``Trainer``."""
         self.model.load_state_dict(self._best)
-        user, item = self.model.represent().fused()
+        user, item = self.model.final(self._cold)
         embeddings = {"user": user.cpu(), "item": item.cpu()}
         save_file(embeddings, draft.path / "embeddings.safetensors")
         parameters = {name: value.cpu() for name, value in self._best.items()}
         save_file(parameters, draft.path / "model.safetensors")
+
+
+def _cold_items(
+    config: AlignConfig, train: CSR, device: torch.device
+) -> Bool[Tensor, " num_items"] | None:
+    """Return which items take H_id from their similar items; None where none does."""
+    cold = torch.bincount(train.columns, minlength=train.num_cols) == 0
+    return cold.to(device) if config.cold_from_similar and cold.any() else None
 
 
 def _build_model(

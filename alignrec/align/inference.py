@@ -4,6 +4,7 @@ Each rank computes the rows of its own nodes and asks the owners for the rows of
 some destination nodes at a time; no rank has a whole table.
 """
 
+import functools
 import itertools
 
 import torch
@@ -11,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alignrec.align.cold import fill_cold
 from alignrec.distributed.exchange import Exchange
-from alignrec.graph.schema import RATES, REV_RATES, SIMILAR, EdgeType
+from alignrec.graph.schema import ITEM, RATES, REV_RATES, SIMILAR, EdgeType
 from alignrec.graph.stores import NeighborLists, PartitionedGraph
 
 # Edges whose source rows are in memory at once: 256 MiB at 64 columns.
@@ -23,10 +25,20 @@ _BLOCK_ITEMS = 8192
 class Inference:
     """Exact propagation over the partitioned graph; every rank calls it at the same time."""
 
-    def __init__(self, graph: PartitionedGraph, exchange: Exchange, *, layers: int) -> None:
+    def __init__(
+        self,
+        graph: PartitionedGraph,
+        exchange: Exchange,
+        *,
+        layers: int,
+        cold_from_similar: bool,
+    ) -> None:
         self._graph = graph
         self._exchange = exchange
         self._layers = layers
+        cold = graph.degree[ITEM] == 0
+        anywhere = cold_from_similar and int(exchange.sum(cold.sum().unsqueeze(0))) > 0
+        self._cold = cold if anywhere else None
 
     @torch.no_grad()
     def represent(
@@ -45,13 +57,15 @@ class Inference:
         h_user, h_item = user, item
         for _ in range(self._layers):
             h_user, h_item = (
-                self._pull(REV_RATES, h_item).add_(user),
-                self._pull(RATES, h_user).add_(item),
+                self.pull(REV_RATES, h_item).add_(user),
+                self.pull(RATES, h_user).add_(item),
             )
         h_user, h_item = h_user / (self._layers + 1), h_item / (self._layers + 1)
+        if self._cold is not None:
+            h_item = fill_cold(h_item, self._cold, functools.partial(self.pull, SIMILAR))
         if gate is not None:
-            content = self._pull(SIMILAR, self._gated(item, gate))
-            h_user, h_item = h_user + self._pull(REV_RATES, content), h_item + content
+            content = self.pull(SIMILAR, self._gated(item, gate))
+            h_user, h_item = h_user + self.pull(REV_RATES, content), h_item + content
         return h_user, h_item
 
     def _gated(self, item: Float[Tensor, "owned_items d"], gate: nn.Module) -> Tensor:
@@ -59,7 +73,8 @@ class Inference:
         blocks = [item[block] * gate(self._graph.features(block).float()) for block in rows]
         return torch.cat([item[:0], *blocks])
 
-    def _pull(
+    @torch.no_grad()
+    def pull(
         self, edge_type: EdgeType, source: Float[Tensor, "owned_sources d"]
     ) -> Float[Tensor, "owned_targets d"]:
         """Return the weighted sum over in-edges of each of this rank's destination nodes."""

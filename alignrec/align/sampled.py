@@ -23,6 +23,7 @@ from alignrec.align.batches import Triples
 from alignrec.align.config import AlignConfig
 from alignrec.align.dense_adam import DenseAdam, below
 from alignrec.align.inference import Inference
+from alignrec.align.initial import Earlier, take_over
 from alignrec.align.inputs import Inputs
 from alignrec.align.losses import gram_square, unit_rows
 from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_rows
@@ -36,6 +37,7 @@ from alignrec.checkpoint import Checkpoint
 from alignrec.data.csr import CSR
 from alignrec.distributed.exchange import Exchange, gather_rows
 from alignrec.distributed.process_group import Rank, barrier, new_group
+from alignrec.distributed.watchdog import Beat, unwatched
 from alignrec.graph.loader import TripleLoader, TripleSettings, prefetch
 from alignrec.graph.schema import ITEM, RATES, REV_RATES, SIMILAR, USER, EdgeType, NodeType
 from alignrec.graph.stores import PartitionedGraph
@@ -47,15 +49,24 @@ _TABLES = {USER: USER_TABLE, ITEM: ITEM_TABLE}
 class SampledTrainer:
     """Sharded embeddings and a replicated gate (a ``Trainer`` of ``alignrec.align.training``)."""
 
-    def __init__(self, config: AlignConfig, inputs: Inputs, rank: Rank, *, work: Path) -> None:
+    def __init__(
+        self,
+        config: AlignConfig,
+        inputs: Inputs,
+        rank: Rank,
+        *,
+        work: Path,
+        earlier: Earlier | None = None,
+        beat: Beat = unwatched,
+    ) -> None:
         self._config = config
         self._rank = rank
         self._graph = PartitionedGraph.open(inputs.graph, rank)
-        self._exchange = Exchange(rank)
+        self._exchange = Exchange(rank, before_collective=beat)
         self._peers: Peers = Ranks(rank, self._exchange) if rank.world_size > 1 else Alone()
         self._loader = TripleLoader(
             self._graph,
-            Exchange(rank, new_group()),
+            Exchange(rank, new_group(timeout_seconds=config.timeout_seconds)),
             TripleSettings(
                 num_neighbors=config.neighbors,
                 similar_neighbors=config.similar_neighbors,
@@ -72,11 +83,28 @@ class SampledTrainer:
                 self._graph.num_features, config.embedding_dim, seed=config.seed
             )
         self._adam = DenseAdam(self.gate)
-        self._inference = Inference(self._graph, self._exchange, layers=config.layers)
-        self._validation = _owned_validation(self._graph, inputs, rank, config.evaluation_block)
+        self._inference = Inference(
+            self._graph,
+            self._exchange,
+            layers=config.layers,
+            cold_from_similar=config.cold_from_similar,
+        )
+        if earlier is not None:
+            self._go_on(earlier)
+        self._validation = _owned_validation(
+            self._graph, inputs, rank, block_users=config.evaluation_block, beat=beat
+        )
         self._item_rows = work / "items.safetensors"
         self._best_gate: dict[str, Tensor] = {}
         self._best_rows: dict[NodeType, Tensor] = {}
+
+    def _go_on(self, earlier: Earlier) -> None:
+        """Start from an earlier run's parameters; a rank reads the rows of its own nodes."""
+        weights = {t: table.weight for t, table in self.tables.items()}
+        pull, content = self._inference.pull, self._config.content
+        take_over(earlier, weights, self._graph.owned, pull, content=content)
+        if earlier.gate is not None:
+            self.gate.load_state_dict(earlier.gate)
 
     def steps(self, epoch: int, first_step: int) -> Iterator[Terms]:
         """See ``Trainer``."""
@@ -347,7 +375,7 @@ def _make_table(
 
 
 def _owned_validation(
-    graph: PartitionedGraph, inputs: Inputs, rank: Rank, block_users: int
+    graph: PartitionedGraph, inputs: Inputs, rank: Rank, *, block_users: int, beat: Beat
 ) -> Validation:
     """Return the validation of this rank's users."""
     lists = graph.neighbors[REV_RATES]
@@ -357,4 +385,5 @@ def _owned_validation(
     mine = graph.owner_of(USER, users) == rank.index
     rows = graph.local_rows(USER, users[mine])
     held_out = CSR.from_pairs(rows, items[mine], train.num_rows, inputs.num_items)
-    return Validation(train, held_out, removed=inputs.removed_items(), block_users=block_users)
+    removed = inputs.removed_items()
+    return Validation(train, held_out, removed=removed, block_users=block_users, beat=beat)

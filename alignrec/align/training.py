@@ -11,8 +11,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from alignrec import artifacts, checkpoint
+from alignrec.align import catalogue
 from alignrec.align.config import AlignConfig
 from alignrec.align.full_graph import FullGraphTrainer
+from alignrec.align.initial import CATALOGUE, CONTENT, Earlier, content_source, random_split
 from alignrec.align.inputs import Inputs
 from alignrec.align.sampled import SampledTrainer
 from alignrec.align.schedule import Selection, learning_rate
@@ -21,8 +23,9 @@ from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
 from alignrec.configuration import to_mapping
 from alignrec.distributed.process_group import Rank, barrier, process_group
+from alignrec.distributed.watchdog import Beat, Watchdog
 from alignrec.errors import UserError
-from alignrec.stage import Context
+from alignrec.stage import EARLIER, Context
 from alignrec.telemetry import HISTORY, Telemetry
 
 _CHECKPOINTS = "checkpoints"
@@ -100,31 +103,31 @@ def run(config: AlignConfig, context: Context) -> None:
     Raises:
         UserError: artifacts that do not belong together, or a number of ranks that does not fit.
     """
-    with process_group() as rank:
-        if config.mode == "full" and rank.world_size > 1:
-            raise UserError(
-                f"mode full is one process, but {rank.world_size} ranks were started: all would "
-                f"train the same. Start one, or set align.mode=sampled."
-            )
-        if config.num_ranks > rank.world_size == 1:
-            raise UserError(
-                f"num_ranks={config.num_ranks}, but this process was started alone and would train "
-                f"on one rank. Start it with torchrun --nproc-per-node {config.num_ranks} -m "
-                f"alignrec.align, or run the recipe with python -m launch run."
-            )
+    with process_group(timeout_seconds=config.timeout_seconds) as rank:
+        _check_ranks(config, rank)
         inputs = Inputs.open(context.inputs)
+        earlier = Earlier.open(config, inputs)
         if rank.is_first:
+            if earlier is not None:
+                _check_earlier(earlier, inputs, context)
             artifacts.open_draft(context.output, fingerprint=context.fingerprint)
         barrier(rank)
         draft = Draft(artifacts.partial_path(context.output))
-        with Telemetry(context.log_dir, context.log_dir.stem, enabled=rank.is_first) as telemetry:
-            trainer = _make_trainer(config, inputs, rank, draft.work)
-            position = _fit(config, trainer, draft.work / _CHECKPOINTS, telemetry)
+        with (
+            Telemetry(context.log_dir, context.log_dir.stem, enabled=rank.is_first) as telemetry,
+            Watchdog(
+                rank, context.log_dir, seconds=config.watchdog_seconds, doing="aligning"
+            ) as watchdog,
+        ):
+            _announce(earlier, inputs, telemetry)
+            actual, work = config.going_on() if earlier else config, draft.work
+            trainer = _make_trainer(actual, inputs, rank, work, earlier, watchdog.beat)
+            position = _fit(actual, trainer, work / _CHECKPOINTS, telemetry, watchdog.beat)
             trainer.write_best(draft)
     # After the group is left: checksums of large tables may take longer than its timeout.
     if rank.is_first:
         shutil.copyfile(context.log_dir / HISTORY, draft.path / HISTORY)
-        _describe(draft, inputs, config, position)
+        _describe(draft, inputs, config, position, earlier)
         artifacts.publish(
             draft,
             context.output,
@@ -135,14 +138,57 @@ def run(config: AlignConfig, context: Context) -> None:
         )
 
 
-def _make_trainer(config: AlignConfig, inputs: Inputs, rank: Rank, work: Path) -> Trainer:
+def _check_ranks(config: AlignConfig, rank: Rank) -> None:
+    if config.mode == "full" and rank.world_size > 1:
+        raise UserError(
+            f"mode full is one process, but {rank.world_size} ranks were started: all would "
+            f"train the same. Start one, or set align.mode=sampled."
+        )
+    if config.num_ranks > rank.world_size == 1:
+        raise UserError(
+            f"num_ranks={config.num_ranks}, but this process was started alone and would train "
+            f"on one rank. Start it with torchrun --nproc-per-node {config.num_ranks} -m "
+            f"alignrec.align, or run the recipe with python -m launch run."
+        )
+
+
+def _check_earlier(earlier: Earlier, inputs: Inputs, context: Context) -> None:
+    """Check what rank 0 alone looks at, before the first checkpoint is written."""
+    if earlier.manifest.fingerprint == context.fingerprint:
+        raise UserError(
+            f"initial.embeddings={earlier.path.parent} is what these settings and inputs lead to, "
+            f"and what it went on from is gone, so it cannot be made again. Set "
+            f"initial.embeddings to null to train from nothing."
+        )
+    earlier.check_catalogue(inputs.dataset)
+
+
+def _announce(earlier: Earlier | None, inputs: Inputs, telemetry: Telemetry) -> None:
+    if earlier is None:
+        return
+    telemetry.say(earlier.describe(inputs))
+    if random_split(inputs.dataset):
+        telemetry.say(
+            "the dataset is split at random: the earlier embeddings may have been trained on what "
+            "is held out now, so metrics may be too good. Split by time to judge them."
+        )
+
+
+def _make_trainer(
+    config: AlignConfig,
+    inputs: Inputs,
+    rank: Rank,
+    work: Path,
+    earlier: Earlier | None,
+    beat: Beat,
+) -> Trainer:
     if config.mode == "full":
-        return FullGraphTrainer(config, inputs, rank)
-    return SampledTrainer(config, inputs, rank, work=work)
+        return FullGraphTrainer(config, inputs, rank, earlier=earlier, beat=beat)
+    return SampledTrainer(config, inputs, rank, work=work, earlier=earlier, beat=beat)
 
 
 def _fit(
-    config: AlignConfig, trainer: Trainer, checkpoints: Path, telemetry: Telemetry
+    config: AlignConfig, trainer: Trainer, checkpoints: Path, telemetry: Telemetry, beat: Beat
 ) -> Position:
     if trainer.num_triples == 0:
         raise UserError(
@@ -157,6 +203,7 @@ def _fit(
         while position.epoch < config.epochs and position.selection.stale < config.patience:
             with _timed(position, "train_seconds"):
                 for terms in trainer.steps(position.epoch, position.step):
+                    beat()
                     _count_step(position, terms)
                     progress.update(round(per_step), note=_note(position))
                     step = position.epoch * trainer.num_steps + position.step
@@ -212,7 +259,13 @@ def _note(position: Position) -> str:
     return f"epoch {position.epoch}, bpr {bpr:.4f}{found}"
 
 
-def _describe(draft: Draft, inputs: Inputs, config: AlignConfig, position: Position) -> None:
+def _describe(
+    draft: Draft,
+    inputs: Inputs,
+    config: AlignConfig,
+    position: Position,
+    earlier: Earlier | None,
+) -> None:
     selection = position.selection
     draft.counts |= {
         "num_users": inputs.num_users,
@@ -226,7 +279,13 @@ def _describe(draft: Draft, inputs: Inputs, config: AlignConfig, position: Posit
         "seconds_per_epoch": round(position.train_seconds / position.epoch, 4),
         "evaluation_seconds": round(position.evaluate_seconds, 2),
         "stopped_early": selection.stale >= config.patience,
+        CATALOGUE: catalogue.digests(
+            inputs.dataset, {"user": inputs.num_users, "item": inputs.num_items}
+        ),
+        CONTENT: content_source(inputs.features),
     }
+    if earlier is not None:
+        draft.facts[EARLIER] = earlier.facts(inputs)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from alignrec.data.csr import CSR
+from alignrec.distributed.watchdog import Beat, unwatched
 from alignrec.errors import UserError
 from alignrec.evaluation import metrics
 from alignrec.evaluation.ranking import rank_all
 
+_BLOCKS_PER_BEAT = 8
 SELECTION_K = 20
 SELECTION_METRIC = f"recall@{SELECTION_K}"
 _METRICS: dict[str, Callable[..., Tensor]] = {
@@ -27,6 +29,7 @@ class Validation:
         valid: their validation items.
         removed: items that the present catalogue does not have; nobody's candidates.
         block_users: users ranked at once.
+        beat: called after some blocks.
     """
 
     def __init__(
@@ -36,12 +39,14 @@ class Validation:
         *,
         removed: Int64[Tensor, " num_removed"],
         block_users: int,
+        beat: Beat = unwatched,
     ) -> None:
         self._users = metrics.evaluation_users(train, valid)
         self._seen = train
         self._removed = removed
         self._held_out = valid.select(self._users)
         self._block_users = block_users
+        self._beat = beat
 
     def totals(
         self, user: Float[Tensor, "num_rows d"], item: Float[Tensor, "num_items d"]
@@ -54,17 +59,24 @@ class Validation:
         count = len(self._users)
         if count == 0:
             return torch.zeros(1 + len(_METRICS), dtype=torch.float64)
-        topk = rank_all(
+        parts = torch.split(self._users, _BLOCKS_PER_BEAT * self._block_users)
+        topk = torch.cat([self._rank(user, item, users) for users in parts])
+        means = [metric(topk, self._held_out, k=SELECTION_K) for metric in _METRICS.values()]
+        return torch.stack([torch.ones((), dtype=torch.float64), *means]) * count
+
+    def _rank(self, user: Tensor, item: Tensor, users: Int64[Tensor, " n"]) -> Tensor:
+        """Return the best items of some users."""
+        best = rank_all(
             user,
             item,
-            users=self._users,
+            users=users,
             seen=self._seen,
             removed=self._removed,
             k=SELECTION_K,
             block_users=self._block_users,
         )
-        means = [metric(topk, self._held_out, k=SELECTION_K) for metric in _METRICS.values()]
-        return torch.stack([torch.ones((), dtype=torch.float64), *means]) * count
+        self._beat()
+        return best
 
 
 def metrics_from(totals: Float64[Tensor, " metrics"]) -> dict[str, float]:

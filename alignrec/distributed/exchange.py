@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from alignrec.distributed.process_group import Rank
+from alignrec.distributed.watchdog import Beat, unwatched
 from alignrec.errors import StageFailure
 
 
@@ -38,6 +39,7 @@ class Exchange:
         group: dist.ProcessGroup | None = None,
         *,
         roll_call_seconds: float = 10.0,
+        before_collective: Beat = unwatched,
     ) -> None:
         """Take part in the exchange; not collective.
 
@@ -46,7 +48,10 @@ class Exchange:
             group: of all ranks; the default one where it is None.
             roll_call_seconds: after a broken connection, how long the others have to show that they
                 live; those that do not are named in the error.
+            before_collective: called before each collective: of ranks that wait for each other, the
+                one that never arrives has called it less often.
         """
+        self._before_collective = before_collective
         self._roll_call_seconds = roll_call_seconds
         self.rank_index = rank.index
         self.world_size = rank.world_size
@@ -120,6 +125,7 @@ class Exchange:
     @contextlib.contextmanager
     def _watching(self, action: str) -> Iterator[None]:
         """Turn the error of a broken connection into one that names the ranks that are gone."""
+        self._before_collective()
         try:
             yield
         except (RuntimeError, dist.DistError) as error:

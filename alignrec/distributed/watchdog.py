@@ -11,12 +11,20 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from alignrec.distributed.process_group import Rank
 
+# What a part of a long stage calls when it has got on: Watchdog.beat.
+Beat = Callable[[], None]
+
 _GRACE_SECONDS = 2.0  # for the stacks of the peers, which stopped a moment earlier or later
+
+
+def unwatched() -> None:
+    """Be the beat of nobody's watchdog."""
 
 
 class Watchdog:

@@ -18,6 +18,6 @@ def test_the_settings_shown_are_all_settings_with_their_defaults() -> None:
 
 def test_the_sections_for_recipes_are_valid() -> None:
     _, *sections = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(sections) == 4
+    assert len(sections) == 5
     for section in sections:
         STAGE.load_config(yaml.safe_load(section)["align"])
