@@ -51,19 +51,25 @@ class Moments:
     ) -> tuple[Float[Tensor, "outputs width"], Float[Tensor, " outputs"]] | None:
         """Return weight and bias of a linear layer, or None where nothing was seen.
 
-        The result has mean 0 and mean square 1 over all places and columns. A random turn spreads
-        the few strong components over all columns, as a random start would.
+        The result has mean 0 and mean square 1 over all places and columns. The random basis of
+        the main directions spreads the few strong ones over all columns, and depends on the space
+        that they span alone, not on their signs, which rounding decides.
         """
         mean = self.sum / max(self.count, 1)
         covariance = self.products / max(self.count, 1) - mean.outer(mean)
         strength, directions = torch.linalg.eigh(covariance)
-        kept = min(outputs, len(mean))
+        inputs = len(mean)
+        kept = min(outputs, inputs)
         energy = float(strength[-kept:].clamp(min=0.0).sum())
         if self.count == 0 or energy <= _TINY:
             return None
-        noise = torch.randn(outputs, outputs, generator=generator, dtype=torch.float64)
-        turn = torch.linalg.qr(noise)[0][:, :kept]
-        weight = turn @ directions[:, -kept:].T * (outputs / energy) ** 0.5
+        noise = torch.randn(inputs, outputs, generator=generator, dtype=torch.float64)
+        if outputs < inputs:
+            main = directions[:, -kept:]
+            basis = torch.linalg.qr(main @ (main.T @ noise))[0].T  # (outputs, inputs)
+        else:
+            basis = torch.linalg.qr(noise.T)[0]
+        weight = basis * (outputs / energy) ** 0.5
         return weight.float(), -(weight @ mean).float()
 
 
@@ -97,7 +103,8 @@ def prepare_bridges(
     towers.load_state_dict(weights, strict=False)
     with contextlib.closing(open_training_data(dataset, config, words, num_ranks=1)) as data:
         rows = data.split.train[:: -(-len(data.split.train) // MAX_ITEMS)]
-        with telemetry.progress(len(rows), "items read for projections") as progress:
+        telemetry.say(f"fitting the projections of both towers to {len(rows):,} items")
+        with telemetry.progress(len(rows), "items") as progress:
             found = fit(towers.to(device), data.whole_reader, rows, config.seed, progress.update)
     spare = work / f"{BRIDGES}.writing"
     save_file({f"encoder.{name}": tensor for name, tensor in found.items()}, spare)

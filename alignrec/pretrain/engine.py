@@ -39,6 +39,7 @@ class Engine:
             num_ranks=rank.world_size,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
+        self._rank, self._num_ranks = rank.index, rank.world_size
         self._gradient_scale = rank.world_size * settings["gradient_accumulation_steps"]
         self._optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -102,12 +103,11 @@ class Engine:
         if self._ema_decay is None:
             return
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
 
         for _, parameter in self.model.named_parameters():
             value = self._optimizer_state(parameter, AVERAGE)
             if not self._keeps_own_state(parameter):
-                safe_set_full_fp32_param(parameter, value)
+                self._set_full(parameter, value)
             partitioned = [parameter] if hasattr(parameter, "ds_id") else []
             with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
                 parameter.data.copy_(value)
@@ -133,17 +133,15 @@ class Engine:
         The model must have been built with the same parameters: DeepSpeed copies those at
         initialisation, and here only its fp32 masters and the moments are set.
         """
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         for name, parameter in self.model.named_parameters():
             if self._keeps_own_state(parameter):
                 own = self._optimizer.state[parameter]
                 for key in self._kept_keys:
                     own[key].copy_(state[f"{name}/{key}"])
                 continue
-            safe_set_full_fp32_param(parameter, state[name])
+            self._set_full(parameter, state[name])
             for key in self._kept_keys:
-                safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"], key)
+                self._set_full(parameter, state[f"{name}/{key}"], key)
         for own in self._optimizer.state.values():
             own["step"].fill_(float(step))
 
@@ -156,6 +154,30 @@ class Engine:
             return own
         full: Tensor = safe_get_full_optimizer_state(parameter, key)
         return full
+
+    def _set_full(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Set a parameter's fp32 master, or what the optimizer keeps of it as ``key``.
+
+        Under ZeRO-3 the rank's share is cut here: DeepSpeed's functions for full tensors fail where
+        the last rank's share is padded, because the size is no multiple of the number of ranks
+        (deepspeed 0.19.8, zero/stage3.py, set_full_hp_param).
+        """
+        from deepspeed import utils
+
+        if hasattr(parameter, "ds_id"):
+            share = parameter.ds_tensor.numel()
+            padded = nn.functional.pad(
+                value.flatten(), (0, share * self._num_ranks - value.numel())
+            )
+            value = padded[self._rank * share : (self._rank + 1) * share]
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, value)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, value, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
 
     def _keeps_own_state(self, parameter: nn.Parameter) -> bool:
         """Whether DeepSpeed leaves this parameter to the optimizer as it is (ZeRO-0 in fp32)."""
