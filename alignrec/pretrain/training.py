@@ -47,6 +47,7 @@ from alignrec.pretrain.objective import (
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.target_files import open_target, prepare_target
 from alignrec.pretrain.tokenizer import TOKENIZER, Words, load_words, write_tokenizer
+from alignrec.pretrain.usage import FlopCounter, usage
 from alignrec.pretrain.word_vectors import VECTORS, read_word_vectors, write_word_vectors
 from alignrec.stage import Context
 from alignrec.telemetry import HISTORY, Telemetry
@@ -128,9 +129,7 @@ def _prepare(
         if not (draft.work / INITIAL).exists():
             target = open_target(config, architecture, draft.path, torch.device("cpu"))
             telemetry.say(write_initial(config, words, draft.work / INITIAL, picture=target))
-        prepare_bridges(
-            config, words, dataset, draft.work, device=rank.device, telemetry=telemetry
-        )
+        prepare_bridges(config, words, dataset, draft.work, device=rank.device, telemetry=telemetry)
     elif config.tokenizer.initial_vectors == "texts" and not (draft.work / VECTORS).exists():
         write_word_vectors(
             dataset, words, draft.work / VECTORS, width=architecture.width, seed=config.seed
@@ -162,6 +161,7 @@ class Trainer:
             self.num_steps = min(self.num_steps, config.max_steps)
         self.samples_per_second: float | None = None  # known when this process has trained
         self.engine: Engine
+        self.flops: FlopCounter | None
 
     def resume(self) -> None:
         """Build the model and go on from the newest checkpoint, if there is one."""
@@ -188,6 +188,7 @@ class Trainer:
         model.encoder.encoder.recompute = config.activation_checkpointing
         if fault := compile_layers(model, config):
             self.telemetry.say(fault)
+        self.flops = FlopCounter.of(model)
         self.engine = Engine(model.to(self.rank.device), config, self.rank)
         if found:
             self.engine.load_state(state, self.step)
@@ -212,20 +213,23 @@ class Trainer:
             self.num_steps * size, "samples", done=self.step * size
         ) as progress:
             start, waited = time.monotonic(), loader.wait_seconds
-            num_items = 0.0
+            num_items = num_flops = 0.0
             while self.step < self.num_steps:
                 batches = [next(stream).to(self.rank.device) for _ in range(plan.accumulation)]
                 watchdog.beat()
-                values = self._one_step(batches)
+                values = self.one_step(batches)
                 watchdog.beat()
                 num_items += values.pop("num_items")
+                num_flops += values.pop("num_flops", 0.0)
                 progress.update(size, note=f"loss {values['loss']:.3f}")
                 if self.step % self.config.log_steps == 0 or self.step == self.num_steps:
                     took = time.monotonic() - start
                     values["samples_per_second"] = num_items / took
                     values["data_wait_share"] = (loader.wait_seconds - waited) / took
+                    values |= self.usage(num_flops / took)
                     self.telemetry.log(values, step=self.step)
-                    start, waited, num_items = time.monotonic(), loader.wait_seconds, 0.0
+                    start, waited = time.monotonic(), loader.wait_seconds
+                    num_items = num_flops = 0.0
                 if self.step % self.config.checkpoint_steps == 0 or self.step == self.num_steps:
                     self.save()
             self.samples_per_second = progress.rate
@@ -246,15 +250,20 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
-    def _one_step(self, batches: list[MaskedBatch]) -> dict[str, float]:
-        """Move the parameters once by the gradient of the loss over the global batch."""
+    def one_step(self, batches: list[MaskedBatch]) -> dict[str, float]:
+        """Move the parameters once by the gradient of the loss over the global batch.
+
+        Returns:
+            Means over the batch of all ranks, and as sums ``num_items`` and, where they are
+            counted, ``num_flops``.
+        """
         counts = torch.stack([batch.counts() for batch in batches]).sum(dim=0)
         counts = all_reduce_sum(counts.to(self.rank.device), self.rank).clamp(min=1.0).cpu()
         scale = counts.reciprocal().float()
         weights = (loss_weights(self.config.objective) * scale).to(self.rank.device)
         rate = learning_rate(self.config, step=self.step, num_steps=self.num_steps)
-        # the losses of LOSSES, right predictions, items
-        sums = torch.zeros(len(LOSSES) + 2, dtype=torch.float64, device=self.rank.device)
+        # the losses of LOSSES, right predictions, items, FLOPs
+        sums = torch.zeros(len(LOSSES) + 3, dtype=torch.float64, device=self.rank.device)
         bad_items = torch.full((_ITEMS_NAMED,), -1, dtype=torch.int64)
         for batch in batches:
             losses, predictions = self.engine.forward(batch)
@@ -263,11 +272,12 @@ class Trainer:
             self.engine.step(rate)
             goals = batch.targets[batch.masked_text]
             hits = (predictions.logits.argmax(dim=1) == goals).sum()
-            sums += torch.stack([*losses.detach(), hits, (batch.item_index >= 0).sum()])
+            flops = self.flops.step(batch) if self.flops else torch.zeros_like(sums[0])
+            sums += torch.stack([*losses.detach(), hits, (batch.item_index >= 0).sum(), flops])
             if not torch.isfinite(loss) and bad_items[0] < 0:
                 named = batch.item_index[:_ITEMS_NAMED].cpu()
                 bad_items[: len(named)] = named
-        *losses_sums, hits_sum, num_items = all_reduce_sum(sums, self.rank).tolist()
+        *losses_sums, hits_sum, num_items, num_flops = all_reduce_sum(sums, self.rank).tolist()
         self.step += 1
         self.engine.average(self.step)
         if not math.isfinite(sum(losses_sums)):
@@ -288,7 +298,17 @@ class Trainer:
             "learning_rate": rate,
             "epoch": self.step / self.data.plan.steps_per_epoch,
             "num_items": num_items,
+            **({"num_flops": num_flops} if self.flops else {}),
         }
+
+    def usage(self, flops_per_second: float) -> dict[str, float]:
+        """Return what this rank has of its device; see ``usage.usage``."""
+        return usage(
+            flops_per_second if self.flops else None,
+            device=self.rank.device,
+            precision=self.config.precision,
+            num_ranks=self.rank.world_size,
+        )
 
     def _named(self, bad_items: Tensor) -> str:
         """Return the items of all ranks in a row."""

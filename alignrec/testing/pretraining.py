@@ -36,7 +36,7 @@ def context_of(config: PretrainConfig, dataset: Path, output: Path) -> Context:
 
 def run_until(config: PretrainConfig, dataset: Path, output: Path, *, step: int) -> None:
     """Run the stage on this rank, but vanish right after a step, as after a SIGKILL."""
-    original = training.Trainer._one_step
+    original = training.Trainer.one_step
 
     def one_step(self: training.Trainer, batches: Any) -> dict[str, float]:  # noqa: ANN401
         if self.step == step:
@@ -44,7 +44,7 @@ def run_until(config: PretrainConfig, dataset: Path, output: Path, *, step: int)
         return original(self, batches)
 
     with (
-        mock.patch.object(training.Trainer, "_one_step", one_step),
+        mock.patch.object(training.Trainer, "one_step", one_step),
         contextlib.suppress(_VanishedError),
     ):
         training.run(config, context_of(config, dataset, output))
