@@ -70,7 +70,7 @@ class Moments:
         else:
             basis = torch.linalg.qr(noise.T)[0]
         weight = basis * (outputs / energy) ** 0.5
-        return weight.float(), -(weight @ mean).float()
+        return weight.float().contiguous(), -(weight @ mean).float()
 
 
 def prepare_bridges(
