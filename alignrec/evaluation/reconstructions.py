@@ -10,7 +10,13 @@ from PIL import Image
 from alignrec.evaluation.showcase import Thumbnail, encode_picture
 
 FILE = "reconstructions.npz"
-STATES = ("original", "masked", "predicted")
+# Arrays of pictures -> what they are called; codes are shown by the mean patch of each.
+STATES = {
+    "original": "original",
+    "masked": "masked",
+    "predicted": "predicted",
+    "target": "true codes",
+}
 _MASK = "<mask>"
 _MAX_SHOWN = 6
 
@@ -23,11 +29,14 @@ class Reconstruction:
         pictures: a picture for each of STATES; empty where the sample has none.
         masked_text: the text between the masks, in order; empty where there is no text.
         texts: the original and the predicted text.
+        patches_right: masked patches whose code was predicted, and masked patches; None where
+            pixels are predicted or there is no picture.
     """
 
     pictures: dict[str, Thumbnail]
     masked_text: tuple[str, ...]
     texts: dict[str, str]
+    patches_right: tuple[int, int] | None = None
 
 
 def read_reconstructions(encoder: Path) -> list[Reconstruction]:
@@ -46,6 +55,7 @@ def read_reconstructions(encoder: Path) -> list[Reconstruction]:
             _pictures(pictures, i) if has_image[i] else {},
             tuple(str(texts["masked"][i]).split(_MASK)) if "masked" in texts else (),
             {state: str(texts[state][i]) for state in ("original", "predicted") if state in texts},
+            _patches_right(stored, i) if has_image[i] else None,
         )
         for i in range(min(count, _MAX_SHOWN))
     ]
@@ -53,9 +63,16 @@ def read_reconstructions(encoder: Path) -> list[Reconstruction]:
 
 def _pictures(stacks: dict[str, np.ndarray[Any, Any]], index: int) -> dict[str, Thumbnail]:
     return {
-        state: encode_picture(Image.fromarray(_bytes(stack[index])))
+        STATES[state]: encode_picture(Image.fromarray(_bytes(stack[index])))
         for state, stack in stacks.items()
     }
+
+
+def _patches_right(stored: dict[str, np.ndarray[Any, Any]], index: int) -> tuple[int, int] | None:
+    if "patches_right" not in stored:
+        return None
+    right, masked = stored["patches_right"][index].tolist()
+    return right, masked
 
 
 def _bytes(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -17,6 +17,7 @@ from alignrec.evaluation.charts import Chart
 from alignrec.evaluation.comparison import Margin
 from alignrec.evaluation.reconstructions import read_reconstructions
 from alignrec.evaluation.statistics import group_rejected, read_flows, read_statistics
+from alignrec.pretrain.verdict import verdict
 from alignrec.telemetry import read_history
 
 MODEL_WORDS = {
@@ -158,6 +159,7 @@ def page_values(page: Page) -> dict[str, Any]:
         "statistics": read_statistics(_without(dataset.facts, "quarantine")),
         "pretrain": curves(inputs, {"encoder": "encoder"}, first="loss"),
         "reconstructions": (read_reconstructions(inputs["encoder"]) if "encoder" in inputs else []),
+        "held_out": held_out_words(inputs),
         "align": curves(inputs, curve_names, first=f"valid/{headline}"),
         "align_facts": artifacts.read(inputs["embeddings"]).facts,
     }
@@ -173,6 +175,15 @@ def ablation_words(inputs: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
         return {"ablation": ("Without content", "the same model from interactions alone")}
     listed = ", ".join(f"{name} {value}" for name, value in changed.items())
     return {"ablation": ("Ablation", f"the same model with {listed or 'another seed'}")}
+
+
+def held_out_words(inputs: Mapping[str, Path]) -> list[str]:
+    """Return what pretraining found on items that it did not train on; nothing without any."""
+    if "encoder" not in inputs:
+        return []
+    facts = artifacts.read(inputs["encoder"], "encoder").facts
+    lines = verdict(facts.get("held_out", {}))
+    return [line[0].upper() + line[1:] for line in lines]
 
 
 def metric_words(name: str) -> str:

@@ -1,6 +1,5 @@
 """How well held-out items are predicted, against the best constant answers (training -> report)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,27 +70,6 @@ def _judge_pictures(target: PictureTarget, sums: Tensor, pictures: Tensor) -> di
     if not num_patches:
         return {}
     return target.summary(pictures, loss=image_loss, num_patches=num_patches)
-
-
-def verdict(judged: dict[str, float]) -> Iterator[str]:
-    """Yield lines about what ``judge`` found."""
-    if "text_loss" in judged:
-        yield (
-            f"held-out tokens: {judged['text_accuracy']:.1%} right (most frequent token: "
-            f"{judged['text_accuracy_unigram']:.1%}), loss {judged['text_loss']:.3f} (unigram: "
-            f"{judged['text_loss_unigram']:.3f})"
-        )
-    if "image_accuracy" in judged:
-        yield (
-            f"held-out patches: {judged['image_accuracy']:.1%} of the codes right (most frequent "
-            f"code: {judged['image_accuracy_most_frequent']:.1%}), loss {judged['image_loss']:.3f} "
-            f"(entropy of the codes: {judged['image_loss_entropy']:.3f})"
-        )
-    elif "image_loss" in judged:
-        yield (
-            f"held-out patches: squared error {judged['image_loss']:.4f} (mean patch: "
-            f"{judged['image_loss_mean_patch']:.4f})"
-        )
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
 from alignrec.pretrain.encoder import load_weights, save_encoder
 from alignrec.pretrain.engine import Engine, deepspeed_group
-from alignrec.pretrain.held_out import judge, verdict, write_reconstructions
+from alignrec.pretrain.held_out import judge, write_reconstructions
 from alignrec.pretrain.initial import (
     INITIAL,
     TOKEN_EMBEDDINGS,
@@ -48,6 +48,7 @@ from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.target_files import open_target, prepare_target
 from alignrec.pretrain.tokenizer import TOKENIZER, Words, load_words, write_tokenizer
 from alignrec.pretrain.usage import FlopCounter, usage
+from alignrec.pretrain.verdict import verdict
 from alignrec.pretrain.word_vectors import VECTORS, read_word_vectors, write_word_vectors
 from alignrec.stage import Context
 from alignrec.telemetry import HISTORY, Telemetry
@@ -262,8 +263,8 @@ class Trainer:
         scale = counts.reciprocal().float()
         weights = (loss_weights(self.config.objective) * scale).to(self.rank.device)
         rate = learning_rate(self.config, step=self.step, num_steps=self.num_steps)
-        # the losses of LOSSES, right predictions, items, FLOPs
-        sums = torch.zeros(len(LOSSES) + 3, dtype=torch.float64, device=self.rank.device)
+        # the losses of LOSSES, right tokens, right codes, items, FLOPs
+        sums = torch.zeros(len(LOSSES) + 4, dtype=torch.float64, device=self.rank.device)
         bad_items = torch.full((_ITEMS_NAMED,), -1, dtype=torch.int64)
         for batch in batches:
             losses, predictions = self.engine.forward(batch)
@@ -272,12 +273,15 @@ class Trainer:
             self.engine.step(rate)
             goals = batch.targets[batch.masked_text]
             hits = (predictions.logits.argmax(dim=1) == goals).sum()
-            flops = self.flops.step(batch) if self.flops else torch.zeros_like(sums[0])
-            sums += torch.stack([*losses.detach(), hits, (batch.item_index >= 0).sum(), flops])
+            right = self.engine.model.target.hits(predictions.patches, predictions.patch_goals)
+            num_codes = torch.zeros_like(hits) if right is None else right.sum()
+            num_flops = self.flops.step(batch) if self.flops else torch.zeros_like(sums[0])
+            num_items = (batch.item_index >= 0).sum()
+            sums += torch.stack([*losses.detach(), hits, num_codes, num_items, num_flops])
             if not torch.isfinite(loss) and bad_items[0] < 0:
                 named = batch.item_index[:_ITEMS_NAMED].cpu()
                 bad_items[: len(named)] = named
-        *losses_sums, hits_sum, num_items, num_flops = all_reduce_sum(sums, self.rank).tolist()
+        *losses_sums, words, codes, items, flops = all_reduce_sum(sums, self.rank).tolist()
         self.step += 1
         self.engine.average(self.step)
         if not math.isfinite(sum(losses_sums)):
@@ -288,17 +292,19 @@ class Trainer:
         if self.engine.num_skipped_steps:
             self._stop(f"the gradient is not finite at step {self.step}")
         means = [s * float(f) for s, f in zip(losses_sums, scale, strict=True)]
+        is_pixels = self.config.objective.targets == "pixels"
         return {
             "loss": sum(
                 m * float(w)
                 for m, w in zip(means, loss_weights(self.config.objective), strict=True)
             ),
             **{f"loss/{name}": mean for name, mean in zip(LOSSES, means, strict=True)},
-            "text_accuracy": hits_sum / float(counts[0]),
+            "text_accuracy": words / float(counts[0]),
+            **({} if is_pixels else {"image_accuracy": codes / float(counts[1])}),
             "learning_rate": rate,
             "epoch": self.step / self.data.plan.steps_per_epoch,
-            "num_items": num_items,
-            **({"num_flops": num_flops} if self.flops else {}),
+            "num_items": items,
+            **({"num_flops": flops} if self.flops else {}),
         }
 
     def usage(self, flops_per_second: float) -> dict[str, float]:

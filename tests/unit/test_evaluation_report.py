@@ -290,6 +290,21 @@ def test_reconstructions_of_bytes_and_of_fractions_are_shown(tmp_path: Path) -> 
     assert rows[0].pictures["original"] == rows[0].pictures["masked"]
 
 
+def test_codes_of_patches_are_shown_by_their_mean_patches_and_counted(tmp_path: Path) -> None:
+    stack = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+    arrays = {"original": stack, "masked": stack, "has_image": np.array([True, False])}
+    np.savez(tmp_path / "reconstructions.npz", **arrays, patches_right=[[3, 6], [0, 0]])
+    without_pixels, absent = read_reconstructions(tmp_path)
+    assert list(without_pixels.pictures) == ["original", "masked"]
+    assert (without_pixels.patches_right, absent.patches_right) == ((3, 6), None)
+    np.savez(tmp_path / "reconstructions.npz", **arrays, predicted=stack, target=stack)
+    shown = read_reconstructions(tmp_path)[0]
+    assert list(shown.pictures) == ["original", "masked", "predicted", "true codes"]
+    page = make_page(tmp_path, reconstructions=[without_pixels], held_out=["Held-out patches: <b>"])
+    assert "3 of 6 masked patches: right code" in page
+    assert "Held-out patches: &lt;b&gt;" in page
+
+
 def test_reconstructed_texts_are_text_and_samples_may_lack_a_picture(tmp_path: Path) -> None:
     stack = np.zeros((2, 8, 8, 3), dtype=np.uint8)
     pictures = {"original": stack, "masked": stack, "predicted": stack}
