@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from alignrec.data.images import Pixels, decode
 from alignrec.data.order import EpochOrder
-from alignrec.data.shards import ShardReader
+from alignrec.data.shards import RawSample, ShardReader
 
 Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -27,9 +27,9 @@ _AUGMENTATION = 3  # stream number of the random crops, apart from those of orde
 
 
 class Tokenize(Protocol):
-    """Text to token ids, special tokens included, at most as long as the encoder reads."""
+    """Texts to token ids, special tokens included, at most as long as the encoder reads."""
 
-    def __call__(self, text: str) -> Sequence[int]:
+    def __call__(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Return the ids; a text without words gives the special tokens alone."""
         ...
 
@@ -96,8 +96,11 @@ class Plan:
         epoch, batch = divmod(step, self.steps_per_epoch)
         start = batch * self.global_batch_size
         positions = np.arange(start, min(start + self.global_batch_size, len(self.rows)))
-        order = EpochOrder(len(self.rows), self.seed, epoch, self.block_size, self.window_size)
-        return MicroBatch(epoch, self.rows[order.samples(positions)])
+        return MicroBatch(epoch, self.rows[self.order(epoch=epoch).samples(positions)])
+
+    def order(self, *, epoch: int) -> EpochOrder:
+        """Return the order of an epoch over positions in ``rows``."""
+        return EpochOrder(len(self.rows), self.seed, epoch, self.block_size, self.window_size)
 
     def micro_batches(self, step: int, rank_index: int) -> list[MicroBatch]:
         """Return this rank's share of a global batch, one entry per micro step."""
@@ -129,7 +132,7 @@ class ItemReader:
 
         Args:
             reader: gives the bytes.
-            tokenize: text to token ids.
+            tokenize: the texts of a batch to token ids.
             image_size: side of the decoded pictures in pixels.
             padding_id: token id of padding.
             augment_seed: seed of the random crops and flips; None takes whole pictures.
@@ -142,17 +145,15 @@ class ItemReader:
 
     def read(self, batch: MicroBatch) -> ItemBatch:
         """Return the decoded batch; an empty one becomes a single padding row."""
-        samples = [self._reader.read(int(row)) for row in batch.rows]
+        samples = [self._reader.read(row) for row in batch.rows.tolist()]
         count = max(len(samples), 1)
         size = self._image_size
         images = np.zeros((count, size, size, 3), dtype=np.uint8)
         item_index = np.full(count, NO_ITEM, dtype=np.int64)
         has_image = np.zeros(count, dtype=bool)
-        texts: list[Sequence[int]] = [[]] * count
         for position, sample in enumerate(samples):
             item_index[position] = sample.item_index
             has_image[position] = bool(sample.image)
-            texts[position] = self._tokenize(sample.text) if sample.text else []
             if sample.image:
                 images[position] = decode(
                     sample.image,
@@ -160,8 +161,17 @@ class ItemReader:
                     rng=self._rng(batch.epoch, sample.item_index),
                     name=f"item_index {sample.item_index}",
                 )
-        tokens, padding = pad_tokens(texts, self._padding_id)
+        tokens, padding = pad_tokens(self._tokens(samples, count), self._padding_id)
         return ItemBatch(item_index, images, has_image, tokens, padding)
+
+    def _tokens(self, samples: Sequence[RawSample], count: int) -> list[Sequence[int]]:
+        """Return each sample's token ids, all in one call of the tokenizer; none without a text."""
+        texts: list[Sequence[int]] = [[]] * count
+        told = [position for position, sample in enumerate(samples) if sample.text]
+        ids = self._tokenize([samples[position].text for position in told]) if told else []
+        for position, tokens in zip(told, ids, strict=True):
+            texts[position] = tokens
+        return texts
 
     def _rng(self, epoch: int, item_index: int) -> np.random.Generator | None:
         if self._augment_seed is None:

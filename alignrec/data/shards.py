@@ -4,25 +4,36 @@ A sample's bytes are read at the offsets in ``samples.parquet``, so any sample c
 reads and nothing is unpacked. Every shard is checked against the manifest when it is first opened.
 """
 
+import concurrent.futures
 import dataclasses
-import hashlib
 import json
+import math
 import os
 import threading
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from alignrec import artifacts
 from alignrec.data import schema
-from alignrec.errors import StageFailure, UserError
+from alignrec.data.config import ShardsConfig
+from alignrec.data.shard_cache import ShardCache
+from alignrec.data.shard_file import LocalShards, ShardFile, ShardSource, mark_used, shard_files
+from alignrec.errors import UserError
 
 Ints = npt.NDArray[np.int64]
+B = TypeVar("B")
 
 _MAX_OPEN_SHARDS = 64
+_FRESH_SECONDS = 1.0  # how precisely the cache knows what was used last
+_FETCHES_AT_ONCE = 4
+# Batches that are looked at before they are read.
+_AHEAD_AT_FIRST, _AHEAD_GROWTH, _MOST_AHEAD = 8, 3, 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +86,18 @@ class SampleTable:
 class ShardReader:
     """Reads samples by row number; safe to use from several threads."""
 
-    def __init__(self, dataset: Path, table: SampleTable) -> None:
-        self._dataset = dataset
+    def __init__(self, table: SampleTable, files: Sequence[ShardFile], source: ShardSource) -> None:
+        """Keep what to read.
+
+        Args:
+            table: where each sample lies.
+            files: the shards in the order of ``table.shard_names``.
+            source: opens them.
+        """
         self._table = table
-        self._sums = {name: e["sha256"] for name, e in artifacts.read(dataset).files.items()}
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._verified: set[str] = set()
+        self._files = files
+        self._source = source
+        self._open: OrderedDict[int, concurrent.futures.Future[_OpenShard]] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, row: int) -> RawSample:
@@ -90,56 +107,166 @@ class ShardReader:
             StageFailure: the shard is missing, damaged, or does not hold what the table says.
         """
         table = self._table
-        name = table.shard_names[table.shard[row]]
-        image = self._bytes(name, int(table.image_offset[row]), int(table.image_bytes[row]))
-        payload = self._bytes(name, int(table.json_offset[row]), int(table.json_bytes[row]))
+        number = int(table.shard[row])
+        shard = self._shard(number)
+        image_bytes, json_bytes = int(table.image_bytes[row]), int(table.json_bytes[row])
         try:
+            image = shard.read(int(table.image_offset[row]), image_bytes)
+            payload = shard.read(int(table.json_offset[row]), json_bytes)
             text = json.loads(payload)["text"] if payload else ""
-        except (ValueError, KeyError) as error:
-            raise self._damaged(name, f"sample {table.item_index[row]} is unreadable") from error
+        except (EOFError, ValueError, KeyError) as error:
+            fault = f"sample {table.item_index[row]} is unreadable"
+            raise self._source.damaged(self._files[number], fault) from error
         return RawSample(int(table.item_index[row]), image, text)
 
+    def fetched_ahead(self, batches: Iterable[B], rows: Callable[[B], Ints]) -> Iterator[B]:
+        """Yield the batches, while the shards of those that follow are being fetched.
+
+        How far ahead is bounded by the bytes of the shards (``ahead_bytes`` of the source). Only
+        far-away shards are fetched: for the others the batches come as they are.
+
+        Args:
+            batches: in the order in which they will be read.
+            rows: rows of the sample table that a batch reads.
+        """
+        if self._source.ahead_bytes == 0:
+            yield from batches
+            return
+        ahead: deque[tuple[B, list[int]]] = deque()
+        expected = _Expected(self._files, self._source)
+        most = _AHEAD_AT_FIRST
+        pool = concurrent.futures.ThreadPoolExecutor(_FETCHES_AT_ONCE, "shards")
+        try:
+            for batch in batches:
+                shards: list[int] = np.unique(self._table.shard[rows(batch)]).tolist()
+                for shard in expected.add(shards):
+                    pool.submit(self._source.prefetch, shard)
+                ahead.append((batch, shards))
+                while ahead and (expected.is_too_much() or len(ahead) > most):
+                    first, shards = ahead.popleft()
+                    expected.remove(shards)
+                    # The look ahead grows as it goes, so that the first batch does not wait for it.
+                    most = min(most + _AHEAD_GROWTH, _MOST_AHEAD)
+                    yield first
+            yield from (batch for batch, _ in ahead)
+            pool.shutdown(wait=True)
+        finally:  # given up: what has not begun need not be fetched
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def bytes_of(self, rows: Ints) -> int:
+        """Return the size of all shards that hold some of these rows."""
+        return sum(self._files[number].num_bytes for number in np.unique(self._table.shard[rows]))
+
     def close(self) -> None:
-        """Close all shards."""
+        """Close all shards, as soon as nobody reads them."""
         with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
             self._open.clear()
 
-    def _bytes(self, name: str, offset: int, size: int) -> bytes:
+    def _shard(self, number: int) -> "_OpenShard":
+        """Return a shard, opened by the first thread that asks; the others wait for it alone."""
+        with self._lock:
+            future = self._open.get(number)
+            if future is not None:
+                self._open.move_to_end(number)
+            else:
+                mine = self._open[number] = concurrent.futures.Future()
+                while len(self._open) > _MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
+        if future is not None:
+            return future.result()
+        try:
+            descriptor = self._source.open(self._files[number])
+        except BaseException as error:
+            with self._lock:
+                self._open.pop(number, None)
+            mine.set_exception(error)
+            raise
+        shard = _OpenShard(descriptor, keep_fresh=self._source.keep_fresh)
+        mine.set_result(shard)
+        if self._source.keep_fresh:
+            self._close_removed()
+        return shard
+
+    def _close_removed(self) -> None:
+        """Close shards whose file is gone: an open one would keep its place on the disk."""
+        with self._lock:
+            opened = [(n, f.result()) for n, f in self._open.items() if f.done()]
+            for number in [number for number, shard in opened if shard.is_removed()]:
+                del self._open[number]
+
+
+class _Expected:
+    """How many of the batches ahead read each shard; the source is told of every change."""
+
+    def __init__(self, files: Sequence[ShardFile], source: ShardSource) -> None:
+        self._files = files
+        self._source = source
+        self._counts: Counter[int] = Counter()
+        self._num_bytes = 0
+
+    def is_too_much(self) -> bool:
+        """Say whether more shards are expected than the source brings near."""
+        return self._num_bytes > self._source.ahead_bytes
+
+    def add(self, shards: list[int]) -> list[ShardFile]:
+        """Count a batch's shards; return those that no batch before it reads."""
+        fresh = [self._files[number] for number in shards if number not in self._counts]
+        self._counts.update(shards)
+        self._tell(fresh, sign=1)
+        return fresh
+
+    def remove(self, shards: list[int]) -> None:
+        """Take a batch's shards off the count."""
+        self._counts.subtract(shards)
+        gone = [number for number in shards if self._counts[number] == 0]
+        for number in gone:
+            del self._counts[number]
+        self._tell([self._files[number] for number in gone], sign=-1)
+
+    def _tell(self, changed: list[ShardFile], *, sign: int) -> None:
+        if changed:
+            self._num_bytes += sign * sum(shard.num_bytes for shard in changed)
+            self._source.expect(self._files[number] for number in self._counts)
+
+
+class _OpenShard:
+    """A descriptor that is closed when the last one who reads from it has let go of it."""
+
+    def __init__(self, descriptor: int, *, keep_fresh: bool) -> None:
+        self._descriptor = descriptor
+        self._fresh_until = time.monotonic() + _FRESH_SECONDS if keep_fresh else math.inf
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes from ``offset``.
+
+        Raises:
+            EOFError: the shard is shorter.
+        """
         if size == 0:
             return b""
-        with self._lock:  # held during the read, so that no other thread closes the shard
-            content = os.pread(self._descriptor(name), size, offset)
+        content = os.pread(self._descriptor, size, offset)
         if len(content) != size:
-            raise self._damaged(name, f"{size} bytes at {offset} reach past its end")
+            raise EOFError
+        if time.monotonic() > self._fresh_until:
+            self._fresh_until = time.monotonic() + _FRESH_SECONDS
+            mark_used(self._descriptor)
         return content
 
-    def _descriptor(self, name: str) -> int:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        path = self._dataset / name
-        try:
-            if name not in self._verified:
-                self._verify(name, path)
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise self._damaged(name, error.strerror or "unreadable") from error
-        self._open[name] = descriptor
-        if len(self._open) > _MAX_OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
-        return descriptor
+    def is_removed(self) -> bool:
+        """Say whether the file has no name any more."""
+        return os.fstat(self._descriptor).st_nlink == 0
 
-    def _verify(self, name: str, path: Path) -> None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self._sums.get(name):
-            raise self._damaged(name, "its checksum differs from the manifest")
-        self._verified.add(name)
 
-    def _damaged(self, name: str, fault: str) -> StageFailure:
-        return StageFailure(
-            f"shard {self._dataset / name}: {fault}, so the samples in it cannot be trusted. "
-            f"Delete {self._dataset} and run data_prep again."
-        )
+def open_shards(dataset: Path, table: SampleTable, config: ShardsConfig) -> ShardReader:
+    """Return the reader of a dataset's samples.
+
+    Raises:
+        UserError: the shards are elsewhere, and that place or the cache cannot be used.
+    """
+    files = shard_files(dataset, table.shard_names)
+    if config.root is None:
+        return ShardReader(table, files, LocalShards(dataset))
+    return ShardReader(table, files, ShardCache(config, files))

@@ -9,5 +9,5 @@ STAGE = Stage(
     run="alignrec.features.extraction:run",
     inputs=("dataset",),
     optional_inputs=("encoder",),
-    version=2,  # 2: pooled halves are centred apart
+    version=3,  # 2: pooled halves are centred apart; 3: pictures are resized by torch
 )

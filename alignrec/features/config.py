@@ -6,6 +6,7 @@ from typing import Literal
 
 from alignrec import configuration
 from alignrec.configuration import option
+from alignrec.data.config import ShardsConfig
 from alignrec.errors import UserError
 
 
@@ -73,6 +74,9 @@ class FeaturesConfig:
     batch_size: int = option(64, "items encoded at once by a rank", minimum=1, affects_result=False)
     num_threads: int = option(
         1, "threads a rank decodes with", minimum=1, maximum=64, affects_result=False
+    )
+    shards: ShardsConfig = option(
+        ShardsConfig(), "where the shards are, if not in the dataset", affects_result=False
     )
     timeout_seconds: float = option(
         300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False

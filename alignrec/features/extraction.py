@@ -17,7 +17,7 @@ from alignrec import artifacts, configuration
 from alignrec.data import schema
 from alignrec.data.loader import ItemBatch, ItemReader, Loader, MicroBatch
 from alignrec.data.order import permutation_key, permute
-from alignrec.data.shards import SampleTable, ShardReader
+from alignrec.data.shards import SampleTable, ShardReader, open_shards
 from alignrec.distributed.peers import lost_peers_reported
 from alignrec.distributed.process_group import (
     Rank,
@@ -115,8 +115,8 @@ def _extract(
         files.create()
     barrier(rank)
     worker = _Worker(encoder, mask, config, rank, telemetry)
-    with contextlib.closing(ShardReader(dataset, table)) as shards:
-        worker.encode_range(files, _item_reader(context, encoder, shards), table)
+    with contextlib.closing(open_shards(dataset, table, config.shards)) as shards:
+        worker.encode_range(files, _item_reader(context, encoder, shards), shards, table)
     barrier(rank)
     return files
 
@@ -175,7 +175,7 @@ def _item_reader(context: Context, encoder: ContentEncoder, shards: ShardReader)
     )
     return ItemReader(
         shards,
-        words,
+        words.batch,
         image_size=architecture.image_size,
         padding_id=words.padding_id,
     )
@@ -191,7 +191,9 @@ class _Worker:
     rank: Rank
     telemetry: Telemetry
 
-    def encode_range(self, files: _WorkFiles, reader: ItemReader, table: SampleTable) -> None:
+    def encode_range(
+        self, files: _WorkFiles, reader: ItemReader, shards: ShardReader, table: SampleTable
+    ) -> None:
         """Fill in the batches that are not done yet."""
         raw = open_memmap(files.raw, mode="r+")
         done = open_memmap(files.done, mode="r+")
@@ -205,6 +207,7 @@ class _Worker:
         batches = (
             MicroBatch(0, np.arange(n * items, min((n + 1) * items, len(table)))) for n in left
         )
+        batches = shards.fetched_ahead(batches, lambda batch: batch.rows)
         finished = (len(mine) - len(left)) * items
         with self.telemetry.progress(len(mine) * items, "items", done=finished) as progress:
             for number, batch in zip(left, loader.batches(batches), strict=True):

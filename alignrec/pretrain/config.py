@@ -7,6 +7,7 @@ from typing import Literal
 
 from alignrec import configuration
 from alignrec.configuration import option
+from alignrec.data.config import ShardsConfig
 from alignrec.errors import UserError
 from alignrec.pretrain.architecture import Architecture, TowersArchitecture
 
@@ -283,6 +284,9 @@ class LoaderConfig:
     )
     block_size: int = option(256, "neighbouring samples that are shuffled as one block", minimum=1)
     window_size: int = option(65_536, "samples that are shuffled among each other", minimum=1)
+    shards: ShardsConfig = option(
+        ShardsConfig(), "where the shards are, if not in the dataset", affects_result=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)

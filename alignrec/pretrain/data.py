@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from alignrec.data.loader import ItemReader, Loader, MicroBatch, Plan
 from alignrec.data.order import held_out_rows
-from alignrec.data.shards import SampleTable, ShardReader
+from alignrec.data.shards import SampleTable, ShardReader, open_shards
 from alignrec.errors import UserError
 from alignrec.pretrain.architecture import Architecture
-from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.config import LoaderConfig, PretrainConfig
 from alignrec.pretrain.masking import MaskSettings, draw_masks
 from alignrec.pretrain.objective import MaskedBatch
 from alignrec.pretrain.tokenizer import Words
@@ -55,8 +55,19 @@ class TrainingData:
 
     def rank_batches(self, first_step: int, last_step: int, rank: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro batches from one step up to before another."""
-        for step in range(first_step, last_step):
-            yield from self.plan.micro_batches(step, rank)
+        planned = (
+            batch
+            for step in range(first_step, last_step)
+            for batch in self.plan.micro_batches(step, rank)
+        )
+        return self.shards.fetched_ahead(planned, lambda batch: batch.rows)
+
+    def held_out_batches(self, rank: int, *, batch_size: int) -> Iterator[MicroBatch]:
+        """Yield this rank's share of the held-out items, as many batches for each rank."""
+        shares = equal_shares(
+            self.split.held_out, batch_size=batch_size, rank=rank, num_ranks=self.plan.num_ranks
+        )
+        return self.shards.fetched_ahead(shares, lambda batch: batch.rows)
 
 
 def open_training_data(
@@ -65,36 +76,53 @@ def open_training_data(
     """Read the sample table and settle who reads what.
 
     Raises:
-        UserError: nothing is left to train on.
+        UserError: nothing is left to train on, or far-away shards have too small a cache.
     """
     table = SampleTable.read(dataset)
     split = split_rows(table, config)
     micro, accumulation = config.split_batch(num_ranks)
-    shards = ShardReader(dataset, table)
+    shards = open_shards(dataset, table, config.loader.shards)
     size = config.encoder.image_size
+    plan = Plan(
+        rows=split.train,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=micro,
+        num_ranks=num_ranks,
+        accumulation=accumulation,
+        block_size=config.loader.block_size,
+        window_size=config.loader.window_size,
+    )
+    _check_room(plan, shards, config.loader)
     return TrainingData(
-        plan=Plan(
-            rows=split.train,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=micro,
-            num_ranks=num_ranks,
-            accumulation=accumulation,
-            block_size=config.loader.block_size,
-            window_size=config.loader.window_size,
-        ),
+        plan=plan,
         split=split,
         train_reader=ItemReader(
             shards,
-            words,
+            words.batch,
             image_size=size,
             padding_id=words.padding_id,
             augment_seed=config.seed,
         ),
-        whole_reader=ItemReader(shards, words, image_size=size, padding_id=words.padding_id),
+        whole_reader=ItemReader(shards, words.batch, image_size=size, padding_id=words.padding_id),
         masks=mask_settings(config, words),
         shards=shards,
     )
+
+
+def _check_room(plan: Plan, shards: ShardReader, config: LoaderConfig) -> None:
+    """Refuse a cache that cannot hold what is shuffled together: it would fetch for every item."""
+    if config.shards.root is None:
+        return
+    first = plan.rows[plan.order(epoch=0).samples(np.arange(min(plan.window_size, len(plan.rows))))]
+    needed = shards.bytes_of(first)
+    if needed > config.shards.cache_bytes:
+        raise UserError(
+            f"pretrain.loader.shards.cache_bytes={config.shards.cache_bytes} holds less than the "
+            f"shards of one window ({needed} bytes for {len(first)} samples that are shuffled "
+            f"together), so each would be fetched many times. Raise it, set loader.block_size to "
+            f"the samples of a shard, or lower loader.window_size."
+        )
 
 
 def split_rows(table: SampleTable, config: PretrainConfig) -> Split:

@@ -1,7 +1,7 @@
 """Text to token ids: trained on the catalogue's text, or given (dataset -> masking)."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -59,6 +59,12 @@ class Words:
         """Return the ids of a text, cut to ``max_length``."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [self.start_id, *ids[: self.max_length - 2], self.end_id]
+
+    def batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of many texts, each cut to ``max_length``."""
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        longest = self.max_length - 2
+        return [[self.start_id, *one.ids[:longest], self.end_id] for one in encoded]
 
     def text(self, ids: list[int]) -> str:
         """Return the words of ids, with the mask token shown."""

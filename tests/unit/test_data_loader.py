@@ -1,6 +1,7 @@
 """Order, shards, pictures and batches between the dataset and the encoder."""
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 from PIL import Image
 
 from alignrec import artifacts
+from alignrec.data.config import ShardsConfig
 from alignrec.data.images import crop_box, decode
 from alignrec.data.loader import NO_ITEM, ItemReader, Loader, MicroBatch, Plan
 from alignrec.data.order import EpochOrder, held_out_rows, permute, unpermute
-from alignrec.data.shards import SampleTable, ShardReader
+from alignrec.data.shards import SampleTable, open_shards
 from alignrec.errors import StageFailure
 from alignrec.testing.datasets import write_dataset
 
@@ -94,8 +96,8 @@ def test_the_global_stream_does_not_depend_on_ranks_and_micro_batches(
 def make_reader(folder: Path, *, augment_seed: int | None = None) -> ItemReader:
     table = SampleTable.read(folder)
     return ItemReader(
-        ShardReader(folder, table),
-        lambda text: [0, *(ord(word[0]) for word in text.split()), 2],
+        open_shards(folder, table, ShardsConfig()),
+        lambda texts: [[0, *(ord(word[0]) for word in text.split()), 2] for text in texts],
         image_size=16,
         padding_id=1,
         augment_seed=augment_seed,
@@ -184,3 +186,86 @@ def test_decode_takes_the_whole_picture_without_rng() -> None:
     assert decoded[:, -1].min() > 215
     with pytest.raises(StageFailure, match="item 3 cannot be decoded"):
         decode(b"no picture", size=8, rng=None, name="item 3")
+
+
+def jpeg(width: int, height: int, **options: object) -> bytes:
+    """Encode a picture whose colours tell the place."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 128)], axis=2)
+    file = io.BytesIO()
+    image = Image.fromarray(pixels.astype(np.uint8))
+    image.convert(str(options.pop("mode", "RGB"))).save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (40, 90), (200, 130), (521, 263), (9, 7)])
+def test_a_picture_is_what_pillow_makes_of_it(width: int, height: int) -> None:
+    content = jpeg(width, height)
+    whole = Image.open(io.BytesIO(content)).convert("RGB")
+    wanted = np.asarray(whole.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    decoded = decode(content, size=32, rng=None, name="a")
+    assert decoded.shape == (32, 32, 3)
+    assert np.abs(decoded - wanted).mean() < 1.5
+    assert np.abs(decoded - wanted).max() < 12
+
+
+@pytest.mark.parametrize("shrunk", [1, 2, 4, 8])
+def test_large_pictures_are_decoded_smaller_and_crops_stay_where_they_were(shrunk: int) -> None:
+    """Colours tell the place, so a crop of the small decoding shows what one of the large does."""
+    content = jpeg(32 * 8, 40 * 8)
+    size = 256 // shrunk
+    for seed in range(4):
+        cropped = decode(content, size=size, rng=np.random.default_rng(seed), name="a")
+        exact = np.random.default_rng(seed)
+        flip = exact.random() < 0.5
+        left, top, right, bottom = crop_box(256, 320, rng=exact)
+        across = np.sort(cropped[size // 2, :, 0].astype(int))
+        assert (cropped[size // 2, 0, 0] > cropped[size // 2, -1, 0]) == flip
+        assert abs(across[0] - left) < 3 + 8
+        assert abs(across[-1] - right) < 3 + 8
+        down = cropped[:, size // 2, 1].astype(int) * 320 / 255
+        assert abs(down[0] - top) < 3 + 8
+        assert abs(down[-1] - bottom) < 3 + 8
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_four_colours_become_three(mode: str) -> None:
+    decoded = decode(jpeg(64, 48, mode=mode), size=16, rng=None, name="a")
+    assert decoded.shape == (16, 16, 3)
+    assert decoded.max() > 100
+
+
+def test_progressive_and_plain_jpegs_give_the_same_pixels() -> None:
+    plain = decode(jpeg(64, 64), size=16, rng=None, name="a")
+    assert np.array_equal(plain, decode(jpeg(64, 64, progressive=True), size=16, rng=None, name=""))
+
+
+def test_a_truncated_picture_is_named() -> None:
+    with pytest.raises(StageFailure, match="item 3 cannot be decoded"):
+        decode(jpeg(64, 64)[:-300], size=16, rng=None, name="item 3")
+
+
+@pytest.mark.parametrize("samples_per_shard", [7, 100])
+def test_stopped_on_four_ranks_and_resumed_on_two_the_stream_of_items_is_the_same(
+    tmp_path: Path, samples_per_shard: int
+) -> None:
+    folder = write_dataset(
+        tmp_path / "d", num_items=50, samples_per_shard=samples_per_shard, image_size=8
+    )
+    reader = make_reader(folder)
+
+    def items(ranks: int, steps: range) -> list[list[int]]:
+        chosen = plan(50, ranks=ranks, micro=12 // ranks)
+        stream = []
+        for step in steps:
+            shares = [chosen.micro_batches(step, rank) for rank in range(ranks)]
+            assert {len(share) for share in shares} == {1}  # equal steps on every rank
+            read = np.concatenate([reader.read(share[0]).item_index for share in shares])
+            stream.append(read[read != NO_ITEM].tolist())
+        return stream
+
+    steps = 2 * plan(50, ranks=1, micro=12).steps_per_epoch
+    middle = 3  # not at the end of an epoch
+    resumed = items(4, range(middle)) + items(2, range(middle, steps))
+    assert resumed == items(1, range(steps))
+    assert sorted(itertools.chain(*resumed[: steps // 2])) == list(range(50))

@@ -1,0 +1,111 @@
+"""One shard as the manifest lists it, and where shards can be opened (manifest -> shards)."""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from alignrec import artifacts
+from alignrec.errors import StageFailure
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """A shard: its path in the dataset, size in bytes and SHA-256 in hex digits."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+class ShardSource(Protocol):
+    """Where shards come from; used from several threads at once.
+
+    Attributes:
+        keep_fresh: whether the time of a file's last use matters to who made it.
+    """
+
+    keep_fresh: bool
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of shards that may be fetched before they are read; 0: nothing is fetched."""
+        ...
+
+    def open(self, shard: ShardFile) -> int:
+        """Return a descriptor of the verified shard, which the caller closes.
+
+        Raises:
+            StageFailure: it is missing or damaged.
+        """
+        ...
+
+    def expect(self, shards: Iterable[ShardFile]) -> None:
+        """Take note of all shards that will be opened soon."""
+        ...
+
+    def prefetch(self, shard: ShardFile) -> None:
+        """Bring an expected shard near, if that is not done yet."""
+        ...
+
+    def damaged(self, shard: ShardFile, fault: str) -> StageFailure:
+        """Return what to raise when a shard is not what the tables say."""
+        ...
+
+
+class LocalShards:
+    """Shards in the dataset's own folder, each verified once by this process."""
+
+    keep_fresh = False
+    ahead_bytes = 0
+
+    def __init__(self, dataset: Path) -> None:
+        self._dataset = dataset
+        self._verified: set[str] = set()
+
+    def open(self, shard: ShardFile) -> int:
+        """Return a descriptor of the verified shard, which the caller closes."""
+        try:
+            descriptor = os.open(self._dataset / shard.name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self.damaged(shard, error.strerror or "unreadable") from error
+        if shard.name not in self._verified:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard.sha256:
+                os.close(descriptor)
+                raise self.damaged(shard, "its checksum differs from the manifest")
+            self._verified.add(shard.name)
+        return descriptor
+
+    def expect(self, shards: Iterable[ShardFile]) -> None:
+        """Do nothing: they are near."""
+
+    def prefetch(self, shard: ShardFile) -> None:
+        """Do nothing: it is near."""
+
+    def damaged(self, shard: ShardFile, fault: str) -> StageFailure:
+        """Return what to raise when a shard is not what the tables say."""
+        return StageFailure(
+            f"shard {self._dataset / shard.name}: {fault}, so the samples in it cannot be trusted. "
+            f"Delete {self._dataset} and run data_prep again."
+        )
+
+
+def mark_used(descriptor: int) -> None:
+    """Set a file's time to now: the kernel's own stamps are too coarse to tell what came first."""
+    now = time.time_ns()
+    with contextlib.suppress(OSError):  # another user's file keeps its time
+        os.utime(descriptor, ns=(now, now))
+
+
+def shard_files(dataset: Path, names: tuple[str, ...]) -> tuple[ShardFile, ...]:
+    """Return what a dataset's manifest says of its shards; an unlisted one matches no content."""
+    files = artifacts.read(dataset).files
+    absent = {"bytes": 0, "sha256": ""}
+    entries = ((name, files.get(name, absent)) for name in names)
+    return tuple(ShardFile(name, int(e["bytes"]), str(e["sha256"])) for name, e in entries)
