@@ -28,6 +28,7 @@ class Tower(nn.Module):
         super().__init__()
         self.model = make_model(shape.config)
         self.frozen_names = freeze(self.model) if shape.frozen else []
+        self.train()
 
     def train(self, mode: bool = True) -> "Tower":  # noqa: ARG002 - torch's interface
         """Stay in evaluation mode."""
