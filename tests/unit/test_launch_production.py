@@ -18,6 +18,7 @@ LOCATIONS = {
     "ALIGNREC_LOG": "s3://bucket/log/*.parquet",
     "ALIGNREC_IMAGE_HOST": "images.example.com",
     "ALIGNREC_DATASETS": "/shared/datasets/shop",
+    "ALIGNREC_EMBEDDINGS": "/shared/runs/weekly/align",
 }
 
 
@@ -42,6 +43,8 @@ def test_it_is_checked_as_a_whole(production: Recipe) -> None:
     assert data_prep.images.allowed_hosts == ("images.example.com",)
     assert data_prep.split.strategy == "global_time"
     assert align.mode == "sampled"
+    assert str(align.initial.embeddings) == "/shared/runs/weekly/align"
+    assert align.initial.optional  # the first run starts from nothing
     assert section(production, "graph").num_partitions % align.num_ranks == 0
     pretrain = section(production, "pretrain")
     assert pretrain.split_batch(pretrain.num_ranks) == (64, 2)
