@@ -276,5 +276,7 @@ def pixel_target(architecture: Architecture, *, normalise: bool) -> PixelTarget:
 
 
 def _moments(pixels: Float[Tensor, "patches values"]) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(pixels, dim=1, keepdim=True)
+    # not torch.var_mean, which warns where no patch is masked
+    mean = pixels.mean(dim=1, keepdim=True)
+    variance = (pixels - mean).square().sum(dim=1, keepdim=True) / (pixels.shape[1] - 1)
     return mean, (variance + _TINY_VARIANCE).sqrt()

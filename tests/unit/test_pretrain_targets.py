@@ -1,0 +1,276 @@
+"""Pixels and codes as what masked patches are predicted as: the same laws for every target."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from alignrec import configuration
+from alignrec.data.loader import NO_ITEM, ItemBatch
+from alignrec.errors import UserError
+from alignrec.pretrain import STAGE, planning
+from alignrec.pretrain.codebook import Codebook, learn_codebook
+from alignrec.pretrain.config import ObjectiveConfig, PretrainConfig
+from alignrec.pretrain.encoder import cut_patches, patchify
+from alignrec.pretrain.masking import MaskSettings, draw_masks
+from alignrec.pretrain.objective import MaskedBatch, MaskedModel, build_model
+from alignrec.pretrain.targets import (
+    CodebookTarget,
+    PictureTarget,
+    PixelTarget,
+    VqkdTarget,
+    pixel_target,
+)
+from alignrec.pretrain.verdict import verdict
+from alignrec.pretrain.vqkd import VqkdTokenizer
+from alignrec.telemetry import Telemetry
+from alignrec.testing.datasets import write_dataset
+from alignrec.testing.pretraining import TINY_ENCODER
+
+MASKS = MaskSettings(
+    seed=1,
+    patch_ratio=0.4,
+    paired_text_ratio=0.5,
+    alone_text_ratio=0.15,
+    patches_per_side=4,
+    mask_id=4,
+    special_ids=(0, 1, 2),
+    vocabulary_size=50,
+)
+CONFIG: PretrainConfig = configuration.build(
+    PretrainConfig, {"encoder": TINY_ENCODER}, section="pretrain"
+)
+ARCHITECTURE = CONFIG.encoder.architecture(50)
+TARGETS = ("pixels", "normalised", "codebook", "vqkd")
+CODES = ("codebook", "vqkd")
+
+
+def draw_pictures(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, size=(count, 16, 16, 3), dtype=np.uint8)
+
+
+def make_codebook() -> Codebook:
+    patches = cut_patches(torch.from_numpy(draw_pictures(60, seed=5)), 4).flatten(0, 1).numpy()
+    quiet = Telemetry(Path("unused"), "pretrain", enabled=False)
+    return learn_codebook(
+        patches, num_codes=12, seed=0, device=torch.device("cpu"), telemetry=quiet
+    )
+
+
+def make_tokenizer() -> VqkdTokenizer:
+    torch.manual_seed(3)
+    tokenizer = VqkdTokenizer(
+        num_layers=1,
+        width=64,
+        hidden=96,
+        patch_size=4,
+        patches_per_side=4,
+        num_codes=20,
+        code_dim=4,
+    )
+    torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
+    return tokenizer.eval()
+
+
+def make_target(name: str) -> PictureTarget:
+    if name == "codebook":
+        return CodebookTarget(make_codebook(), 4)
+    if name == "vqkd":
+        return VqkdTarget(make_tokenizer())
+    return pixel_target(ARCHITECTURE, normalise=name == "normalised")
+
+
+def make_model(name: str) -> MaskedModel:
+    return build_model(ARCHITECTURE, ObjectiveConfig(), seed=0, target=make_target(name))
+
+
+def make_items() -> ItemBatch:
+    """A pair, a picture alone, a text alone, neither, a padding row, and a pair."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, size=(6, 9))
+    tokens[:, 0], tokens[:, -1] = 0, 2
+    text_padding = np.zeros(tokens.shape, dtype=bool)
+    text_padding[[1, 3, 4]] = True
+    return ItemBatch(
+        item_index=np.array([10, 11, 12, 13, NO_ITEM, 15]),
+        images=draw_pictures(6, seed=1),
+        has_image=np.array([True, True, False, False, False, True]),
+        tokens=tokens,
+        text_padding=text_padding,
+    )
+
+
+def mask(items: ItemBatch) -> MaskedBatch:
+    return MaskedBatch.of(items, draw_masks(items, MASKS, epoch=0))
+
+
+def rows(items: ItemBatch, part: slice) -> ItemBatch:
+    names = ("item_index", "images", "has_image", "tokens", "text_padding")
+    return ItemBatch(*(getattr(items, name)[part] for name in names))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_one_batch_may_hold_pairs_pictures_texts_and_nothing(name: str) -> None:
+    model, items = make_model(name), make_items()
+    batch = mask(items)
+    losses, predictions = model(batch)
+    assert predictions.patches.shape == (3 * 6, model.target.head_size)
+    assert len(predictions.patch_goals) == 18
+    assert torch.isfinite(losses).all()
+    assert (losses > 0).all()
+    parts = [model(mask(rows(items, slice(i, i + 1)))) for i in range(6)]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), losses, rtol=1e-5, atol=1e-4)
+    assert torch.equal(torch.cat([p.patch_goals for _, p in parts]), predictions.patch_goals)
+    losses[1].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model.mim_head.weight.grad is not None
+    items.images[2:5] = 255 - items.images[2:5]  # pictures that are not there
+    assert torch.equal(model(mask(items))[0], losses)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_batch_without_pictures_has_no_picture_loss(name: str) -> None:
+    model = make_model(name)
+    losses, predictions = model(mask(rows(make_items(), slice(2, 5))))
+    assert losses[[1, 3]].tolist() == [0, 0]
+    assert len(predictions.patches) == len(predictions.patch_goals) == 0
+    losses.sum().backward()
+    tally = model.target.tally(predictions.patches, predictions.patch_goals)
+    assert (tally == 0).all()
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_the_loss_of_codes_is_cross_entropy_also_for_the_summary(name: str) -> None:
+    model, batch = make_model(name), mask(make_items())
+    losses, predictions = model(batch)
+    shares = predictions.patches.softmax(dim=1)
+    told = shares[torch.arange(18), predictions.patch_goals]
+    torch.testing.assert_close(losses[1], -told.log().sum(), rtol=1e-5, atol=1e-5)
+    assert losses[3].item() == pytest.approx(18 * math.log(model.target.head_size), rel=0.2)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_what_goals_come_from_is_neither_trained_nor_saved(name: str) -> None:
+    model = make_model(name)
+    names = {n.split(".")[0] for n in model.state_dict()}
+    assert names == {"encoder", "mlm_head", "mim_head", "summary"}
+    assert {p.dtype for p in model.bfloat16().parameters()} == {torch.bfloat16}
+    if isinstance(model.target, VqkdTarget):
+        assert {p.dtype for p in model.target.tokenizer.parameters()} == {torch.float32}
+    assert model.target.frozen_bytes > 0
+
+
+def test_goals_are_the_codes_of_the_masked_patches_alone() -> None:
+    batch = mask(make_items())
+    codebook, tokenizer = make_codebook(), make_tokenizer()
+    patches = cut_patches(batch.images, 4)
+    expected = codebook.codes(patches.flatten(0, 1)).view(6, 16)[batch.masked_patches]
+    goals = CodebookTarget(codebook, 4).goals(batch.images, batch.masked_patches)
+    assert torch.equal(goals, expected)
+    expected = tokenizer.codes(batch.images)[batch.masked_patches]
+    goals = VqkdTarget(tokenizer).goals(batch.images, batch.masked_patches)
+    assert torch.equal(goals, expected)
+
+
+def test_cut_patches_are_the_pixels_of_the_encoders_patches() -> None:
+    images = torch.from_numpy(draw_pictures(2, seed=3))
+    assert torch.equal(cut_patches(images, 4).float() / 127.5 - 1, patchify(images, 4))
+
+
+def test_codes_are_judged_beside_the_most_frequent_and_the_entropy() -> None:
+    target = CodebookTarget(make_codebook(), 4)
+    goals = torch.tensor([0, 0, 0, 1])
+    predicted = torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1]), target.head_size).float()
+    halves = [target.tally(predicted[part], goals[part]) for part in (slice(1), slice(1, 4))]
+    found = target.summary(halves[0] + halves[1], loss=6.0, num_patches=4)
+    assert found == {
+        "image_loss": 1.5,
+        "image_loss_entropy": pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))),
+        "image_accuracy": 0.75,
+        "image_accuracy_most_frequent": 0.75,
+    }
+    (line,) = verdict(found)
+    assert "75.0% of the codes right (most frequent code: 75.0%)" in line
+
+
+def test_pixels_are_judged_beside_the_mean_patch() -> None:
+    target = PixelTarget(patch_size=2, head_size=12, normalise=False)
+    goals = torch.randn(9, 12)
+    found = target.summary(target.tally(goals * 0, goals), loss=3.0, num_patches=9)
+    best = (goals - goals.mean(dim=0)).square().mean().item()
+    assert found == {
+        "image_loss": pytest.approx(1 / 3),
+        "image_loss_mean_patch": pytest.approx(best, rel=1e-5),
+    }
+    assert "squared error 0.3333" in next(iter(verdict(found)))
+
+
+def test_predictions_are_shown_as_pixels_where_there_are_any() -> None:
+    true = torch.rand(5, 48) * 2 - 1
+    assert torch.equal(make_target("pixels").pixels(true, true), true)
+    normalised = make_target("normalised")
+    goals = (true - true.mean(dim=1, keepdim=True)) / true.std(dim=1, keepdim=True)
+    torch.testing.assert_close(normalised.pixels(goals, true), true, rtol=0, atol=1e-4)
+    target = CodebookTarget(make_codebook(), 4)
+    codes = torch.tensor([3, 0])
+    shown = target.pixels(torch.eye(target.head_size)[codes], true[:2])
+    means = target.codebook.mean_patches[codes].float() / 127.5 - 1
+    assert torch.equal(shown, means)
+    assert torch.equal(target.best_pixels(codes), means)
+    assert make_target("vqkd").pixels(torch.zeros(2, 20), true[:2]) is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (
+            {"targets": "codebook", "normalise_patches": True},
+            "normalise_patches=True has no effect",
+        ),
+        ({"num_codes": 100}, "num_codes=100 has no effect"),
+        ({"codebook_pictures": 100}, "codebook_pictures=100 has no effect"),
+        ({"vqkd": "vqkd.pth"}, "vqkd=vqkd.pth has no effect"),
+        ({"targets": "vqkd"}, "needs BEiT v2's tokenizer"),
+        ({"targets": "vqkd", "vqkd": "v.pth", "num_codes": 9}, "num_codes=9 has no effect"),
+        ({"targets": "pixel"}, "pixels"),
+    ],
+)
+def test_settings_of_another_target_are_refused(objective: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        configuration.build(ObjectiveConfig, objective, section="pretrain.objective")
+
+
+def test_another_content_of_the_tokenizer_makes_the_encoder_stale(tmp_path: Path) -> None:
+    dataset, path = write_dataset(tmp_path / "dataset", num_items=4), tmp_path / "vqkd.pth"
+    section = {"objective": {"targets": "vqkd", "vqkd": str(path)}}
+    config = configuration.build(PretrainConfig, section, section="pretrain")
+    marks = []
+    for content in (b"a", b"b"):
+        path.write_bytes(content)
+        marks.append(STAGE.fingerprint(config, {"dataset": dataset}))
+    assert marks[0] != marks[1]
+
+
+def test_the_plan_counts_the_head_of_codes_and_the_codebook(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "dataset", num_items=40, image_size=16)
+    section = {
+        "encoder": TINY_ENCODER,
+        "tokenizer": {"vocabulary_size": 300},
+        "valid_fraction": 0.0,
+        "global_batch_size": 4,
+    }
+    plans = {}
+    for targets in ("pixels", "codebook"):
+        changed = section | {"objective": {"targets": targets}}
+        config = configuration.build(PretrainConfig, changed, section="pretrain")
+        plans[targets] = planning.plan(config, dataset)
+    codes = 40 * 16 // 32
+    fewer = plans["pixels"].num_parameters - plans["codebook"].num_parameters
+    assert fewer == (48 - codes) * (16 + 1)
+    assert plans["pixels"].memory[2].targets == 0
+    assert plans["codebook"].memory[2].targets > codes * 48
+    assert plans["codebook"].memory[2].peak > plans["codebook"].memory[2].targets
