@@ -19,7 +19,8 @@ class Selection:
 
     Attributes:
         metrics: of the best evaluation, by name.
-        epoch: of the best evaluation; -1 before the first.
+        epoch: of the best evaluation; -1 for that of the parameters training went on from, and
+            before the first.
         stale: evaluations since then.
     """
 
@@ -29,7 +30,7 @@ class Selection:
 
     def offer(self, metrics: dict[str, float], *, by: str, epoch: int) -> bool:
         """Take an evaluation into account and tell whether it is the best so far."""
-        if self.epoch >= 0 and metrics[by] <= self.metrics[by]:
+        if self.metrics and metrics[by] <= self.metrics[by]:
             self.stale += 1
             return False
         self.metrics, self.epoch, self.stale = dict(metrics), epoch, 0

@@ -122,7 +122,8 @@ def run(config: AlignConfig, context: Context) -> None:
             _announce(earlier, inputs, telemetry)
             actual, work = config.going_on() if earlier else config, draft.work
             trainer = _make_trainer(actual, inputs, rank, work, earlier, watchdog.beat)
-            position = _fit(actual, trainer, work / _CHECKPOINTS, telemetry, watchdog.beat)
+            checkpoints, goes_on = work / _CHECKPOINTS, earlier is not None
+            position = _fit(actual, trainer, checkpoints, telemetry, watchdog.beat, goes_on=goes_on)
             trainer.write_best(draft)
     # After the group is left: checksums of large tables may take longer than its timeout.
     if rank.is_first:
@@ -188,7 +189,13 @@ def _make_trainer(
 
 
 def _fit(
-    config: AlignConfig, trainer: Trainer, checkpoints: Path, telemetry: Telemetry, beat: Beat
+    config: AlignConfig,
+    trainer: Trainer,
+    checkpoints: Path,
+    telemetry: Telemetry,
+    beat: Beat,
+    *,
+    goes_on: bool,
 ) -> Position:
     if trainer.num_triples == 0:
         raise UserError(
@@ -196,6 +203,8 @@ def _fit(
             "the dataset with a log."
         )
     position = _resume(trainer, checkpoints, telemetry)
+    if goes_on and position == Position():
+        _judge_start(trainer, position, telemetry)
     done = position.epoch * trainer.num_steps + position.step
     per_step = trainer.num_triples / trainer.num_steps
     total = config.epochs * trainer.num_triples
@@ -223,6 +232,17 @@ def _resume(trainer: Trainer, checkpoints: Path, telemetry: Telemetry) -> Positi
     telemetry.rewind(position.epoch * trainer.num_steps)
     telemetry.say(f"resuming at epoch {position.epoch}, step {position.step}")
     return position
+
+
+def _judge_start(trainer: Trainer, position: Position, telemetry: Telemetry) -> None:
+    """Evaluate what training goes on from: its first steps may well lose something."""
+    with _timed(position, "evaluate_seconds"):
+        metrics = trainer.evaluate()
+    position.selection.offer(metrics, by=SELECTION_METRIC, epoch=-1)
+    trainer.keep_best()
+    found = {f"valid/{name}": value for name, value in metrics.items()}
+    telemetry.log({"epoch": -1, **found}, step=0)
+    telemetry.say(f"begins at valid {SELECTION_METRIC} {metrics[SELECTION_METRIC]:.4f}")
 
 
 def _count_step(position: Position, terms: Mapping[str, Tensor]) -> None:

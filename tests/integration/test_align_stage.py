@@ -166,6 +166,11 @@ def test_sampled_on_two_ranks_writes_the_same_artifact(
     run_ranks(run_rank, 2, STAGE, folders, tmp_path / "align", settings)
     manifest = artifacts.verify(tmp_path / "align")
     assert manifest.facts["epochs_run"] == 4
+    traffic = ("remote_node_share", "remote_row_share", "cache_hit_rate", "wait_seconds")
+    for row in read_history(tmp_path / "align"):
+        assert {f"sampling/{name}" for name in traffic} <= row.keys()
+        assert {"loss/bpr", "loss/cca", "loss/reg", "triples_per_second"} <= row.keys()
+        assert row["sampling/remote_node_share"] > 0
     tables = load_file(tmp_path / "align" / "embeddings.safetensors")
     assert tables["user"].shape == (NUM_USERS, 8)
     assert all(np.isfinite(table.numpy()).all() for table in tables.values())

@@ -108,6 +108,22 @@ def test_the_second_day_begins_near_where_the_first_ended(
     assert facts["identity"] == artifacts.read(yesterday).identity
 
 
+def test_what_it_goes_on_from_is_kept_where_training_only_loses(
+    days: dict[str, Folders], yesterday: Path, tmp_path: Path
+) -> None:
+    worse = going_on(yesterday, learning_rate=1e4, patience=2, epochs=9)
+    run_stage(days["second"], tmp_path / "worse", worse)
+    run_stage(days["second"], tmp_path / "still", going_on(yesterday, learning_rate=0.0, epochs=1))
+    facts = artifacts.read(tmp_path / "worse").facts
+    assert (facts["best_epoch"], facts["epochs_run"]) == (-1, 2)
+    first = read_history(tmp_path / "worse")[0]
+    assert (first["step"], first["epoch"]) == (0, -1)
+    assert facts["valid"]["recall@20"] == first["valid/recall@20"]
+    rows = [load_file(tmp_path / name / "embeddings.safetensors") for name in ("worse", "still")]
+    for key, value in rows[0].items():
+        assert torch.equal(value, rows[1][key])
+
+
 def test_both_modes_start_with_the_same_rows_on_any_number_of_ranks(
     days: dict[str, Folders], yesterday: Path, tmp_path: Path
 ) -> None:
