@@ -68,24 +68,30 @@ class Exchange:
                 as often as they occur: see ``gather_rows`` for asking once.
             owners: rank of each id, in [0, world_size).
         """
+        return self.ask(ids, owners).route()
+
+    def ask(self, ids: Shaped[Tensor, " n"], owners: Int64[Tensor, " n"]) -> "Question":
+        """Start to send: the caller can do other work before it takes the ``route()``.
+
+        That work also evens out ranks of unequal speed, which ``send`` would make wait.
+        """
         if self.world_size == 1:
-            return Route(self, ids, None, [len(ids)], [len(ids)])
-        counts = torch.bincount(owners, minlength=self.world_size)
+            return Question(self, ids, None, [len(ids)], None)
+        sent = torch.bincount(owners, minlength=self.world_size)
         order = torch.argsort(owners, stable=True)
-        sent = counts.tolist()
-        taken = self.swap_counts(sent)
-        return Route(
-            self, self.all_to_all(ids.index_select(0, order), sent, taken), order, sent, taken
+        ones = [1] * self.world_size
+        return Question(
+            self,
+            ids.index_select(0, order),
+            order,
+            [int(count) for count in sent.tolist()],
+            self.begin_all_to_all(sent, ones, ones),
         )
 
     def swap_counts(self, counts: Sequence[int]) -> list[int]:
         """Tell every rank one number and return the number that each of them told this one."""
-        if self.world_size == 1:
-            return list(counts)
-        sent = torch.tensor(counts, dtype=torch.int64, device=self.device)
-        taken = torch.empty_like(sent)
-        with self._watching("exchanging counts"):
-            dist.all_to_all_single(taken, sent, group=self._group)
+        ones = [1] * self.world_size
+        taken = self.all_to_all(torch.tensor(counts, dtype=torch.int64), ones, ones)
         return [int(count) for count in taken.tolist()]
 
     def all_to_all(
@@ -98,13 +104,22 @@ class Exchange:
             sent: number of rows for each rank.
             taken: number of rows from each rank, as it knows them in ``sent``.
         """
+        return self.begin_all_to_all(rows, sent, taken).wait()
+
+    def begin_all_to_all(
+        self, rows: Shaped[Tensor, " n *row"], sent: Sequence[int], taken: Sequence[int]
+    ) -> "Arrival":
+        """Start an ``all_to_all``; ``wait()`` for what it returns."""
         if self.world_size == 1:
-            return rows
+            return Arrival(self, rows, rows, None, rows.device)
         payload = rows.to(self.device).contiguous()
         result = payload.new_empty((sum(taken), *rows.shape[1:]))
+        self._before_collective()
         with self._watching(f"exchanging {len(rows)} rows"):
-            dist.all_to_all_single(result, payload, list(taken), list(sent), group=self._group)
-        return result.to(rows.device)
+            work = dist.all_to_all_single(
+                result, payload, list(taken), list(sent), group=self._group, async_op=True
+            )
+        return Arrival(self, result, payload, work, rows.device)
 
     def sum(self, values: Shaped[Tensor, " n"]) -> Shaped[Tensor, " n"]:
         """Return the sums of the ranks' values, element by element."""
@@ -118,6 +133,7 @@ class Exchange:
         if self.world_size == 1:
             return values
         result = values.to(self.device, copy=True)
+        self._before_collective()
         with self._watching("reducing values"):
             dist.all_reduce(result, op=operation, group=self._group)
         return result.to(values.device)
@@ -125,7 +141,6 @@ class Exchange:
     @contextlib.contextmanager
     def _watching(self, action: str) -> Iterator[None]:
         """Turn the error of a broken connection into one that names the ranks that are gone."""
-        self._before_collective()
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
@@ -157,6 +172,57 @@ class Exchange:
 
 
 @dataclasses.dataclass(frozen=True)
+class Arrival:
+    """Rows that are under way to this rank.
+
+    Attributes:
+        result: where they arrive.
+        payload: what this rank sends, which must live as long.
+        work: of torch.distributed; None when nothing travels.
+        device: where the caller wants them.
+    """
+
+    exchange: Exchange
+    result: Tensor
+    payload: Tensor
+    work: dist.Work | None
+    device: torch.device
+
+    def wait(self) -> Tensor:
+        """Return the rows once they are here; a rank that is gone is named."""
+        if self.work is not None:
+            with self.exchange._watching(f"waiting for {len(self.result)} rows"):
+                self.work.wait()
+        return self.result.to(self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Ids that go to their owners in two steps: first how many, then which.
+
+    Attributes:
+        ids: by owner.
+        order: places of ``ids`` in what the caller gave; None when nothing travels.
+        sent: number of ids for each rank.
+        counts: number from each rank, under way.
+    """
+
+    exchange: Exchange
+    ids: Shaped[Tensor, " n"]
+    order: Int64[Tensor, " n"] | None
+    sent: list[int]
+    counts: Arrival | None
+
+    def route(self) -> "Route":
+        """Send the ids and wait for those of the others; collective."""
+        if self.counts is None:
+            return Route(self.exchange, self.ids, None, self.sent, self.sent)
+        taken = [int(count) for count in self.counts.wait().tolist()]
+        received = self.exchange.all_to_all(self.ids, self.sent, taken)
+        return Route(self.exchange, received, self.order, self.sent, taken)
+
+
+@dataclasses.dataclass(frozen=True)
 class Route:
     """The way of one batch of ids to their owners, and back.
 
@@ -185,6 +251,14 @@ class Route:
             return self._back(rows)
         result: Tensor = _Reply.apply(rows, self)  # type: ignore[no-untyped-call]
         return result
+
+    def begin_reply(self, rows: Shaped[Tensor, " m *row"]) -> Arrival:
+        """Start to reply; the rows arrive by owner: ``by_owner`` tells for which ids they are."""
+        return self.exchange.begin_all_to_all(rows, self.taken, self.sent)
+
+    def by_owner(self, values: Shaped[Tensor, " n *row"]) -> Shaped[Tensor, " n *row"]:
+        """Put values that are aligned with the ids that this rank sent in the order of owners."""
+        return values if self.order is None else values.index_select(0, self.order)
 
     def reply_ragged(
         self, lengths: Int64[Tensor, " m"], *values: Shaped[Tensor, " k"]

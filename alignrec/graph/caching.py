@@ -1,10 +1,10 @@
-"""Rows of other ranks' nodes that are asked for again and again, and counts of what travels."""
+"""What other ranks' nodes have and is asked for again and again, and counts of what travels."""
 
 import dataclasses
 import threading
 
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Int32, Int64, Shaped
 from torch import Tensor
 
 # Slots that are looked at for each row that needs one.
@@ -31,7 +31,7 @@ class RowCache:
         self._asked = torch.zeros(num_nodes, dtype=torch.bool)
         self._node = torch.full((capacity,), -1, dtype=torch.int64)
         self._used = torch.zeros(capacity, dtype=torch.int64)
-        self._rows = torch.empty((capacity, dim), dtype=dtype)
+        self._rows = torch.zeros((capacity, dim), dtype=dtype)
         self._time = 0
         self._hand = 0
 
@@ -40,12 +40,14 @@ class RowCache:
         present: Tensor = self._slot.index_select(0, ids) >= 0
         return present
 
-    def read(self, ids: Int64[Tensor, " n"]) -> Shaped[Tensor, "n dim"]:
-        """Return rows that are here."""
-        slots = self._slot.index_select(0, ids).to(torch.int64)
+    def read(
+        self, ids: Int64[Tensor, " n"], *, out: Shaped[Tensor, "n dim"] | None = None
+    ) -> Shaped[Tensor, "n dim"]:
+        """Return rows, in ``out`` where it is given; those that are not here have no meaning."""
+        slots = self._slot.index_select(0, ids)
         self._time += 1
-        self._used[slots] = self._time
-        rows: Tensor = self._rows.index_select(0, slots)
+        self._used[slots[slots >= 0].to(torch.int64)] = self._time
+        rows: Tensor = torch.index_select(self._rows, 0, slots.clamp_min(0), out=out)
         return rows
 
     def offer(self, ids: Int64[Tensor, " n"], rows: Shaped[Tensor, "n dim"]) -> None:
@@ -78,6 +80,60 @@ class RowCache:
         return slots
 
 
+class SampleCache:
+    """Samples of other ranks' nodes, which stay the same for an epoch.
+
+    First come, first kept, until it is full: nodes that are asked for often come early. What is
+    found here is what the owner would send, so a cache changes no sample.
+    """
+
+    def __init__(self, num_keys: int, capacity: int, *, width: int) -> None:
+        """Make an empty cache.
+
+        Args:
+            num_keys: keys are below it; 4 bytes are kept for each.
+            capacity: rows that are kept at most.
+            width: int32 numbers in a row.
+        """
+        self._row = torch.full((num_keys,), -1, dtype=torch.int32)
+        self._rows = torch.zeros((capacity, width), dtype=torch.int32)
+        self._count = 0
+        self._epoch = -1
+
+    @classmethod
+    def within(
+        cls, size_bytes: int, *, num_keys: int, num_rows: int, width: int
+    ) -> "SampleCache | None":
+        """Make one of a size in bytes, for ``num_rows`` rows at most; None if none would fit."""
+        capacity = min((size_bytes - 4 * num_keys) // (4 * width), num_rows)
+        return cls(num_keys, capacity, width=width) if capacity > 0 else None
+
+    def start_epoch(self, epoch: int) -> None:
+        """Forget the samples of other epochs."""
+        if epoch != self._epoch:
+            self._row.fill_(-1)
+            self._count = 0
+            self._epoch = epoch
+
+    def find(self, keys: Int64[Tensor, " n"]) -> Int32[Tensor, " n"]:
+        """Return where the rows are; -1 for those that are not here."""
+        places: Tensor = self._row.index_select(0, keys)
+        return places
+
+    def read(self, places: Int32[Tensor, " n"]) -> Int32[Tensor, "n width"]:
+        """Return the rows at the places that were found; others have no meaning."""
+        rows: Tensor = self._rows.index_select(0, places.clamp_min(0))
+        return rows
+
+    def keep(self, keys: Int64[Tensor, " n"], rows: Int32[Tensor, "n width"]) -> None:
+        """Keep rows of distinct keys that are not here, as many as there is room for."""
+        last = min(self._count + len(keys), len(self._rows))
+        count = last - self._count
+        self._rows[self._count : last] = rows[:count]
+        self._row[keys[:count]] = torch.arange(self._count, last, dtype=torch.int32)
+        self._count = last
+
+
 @dataclasses.dataclass
 class Traffic:
     """What a loader has asked of other ranks since it was last asked for.
@@ -85,6 +141,7 @@ class Traffic:
     Attributes:
         nodes: nodes whose neighbours were sampled.
         remote_nodes: those of other ranks among them.
+        cached_nodes: remote nodes whose samples were in the cache.
         rows: rows of content features that batches needed.
         remote_rows: those of other ranks among them.
         cached_rows: remote rows that were in the cache.
@@ -93,6 +150,7 @@ class Traffic:
 
     nodes: int = 0
     remote_nodes: int = 0
+    cached_nodes: int = 0
     rows: int = 0
     remote_rows: int = 0
     cached_rows: int = 0
@@ -115,6 +173,7 @@ class Traffic:
                 setattr(self, field.name, field.default)
         return {
             "sampling/remote_node_share": _share(counts["remote_nodes"], counts["nodes"]),
+            "sampling/sample_hit_rate": _share(counts["cached_nodes"], counts["remote_nodes"]),
             "sampling/remote_row_share": _share(counts["remote_rows"], counts["rows"]),
             "sampling/cache_hit_rate": _share(counts["cached_rows"], counts["remote_rows"]),
             "sampling/wait_seconds": counts["wait_seconds"],

@@ -35,6 +35,7 @@ class TripleSettings:
         num_negatives: negative items for each interaction.
         seed: of order, negatives and samples.
         cache_bytes: memory for content features of other ranks' items; changes no batch.
+        sample_cache_bytes: memory for samples of other ranks' nodes; changes no batch.
     """
 
     num_neighbors: tuple[int, ...]
@@ -43,6 +44,7 @@ class TripleSettings:
     num_negatives: int = 1
     seed: int = 0
     cache_bytes: int = 1 << 27
+    sample_cache_bytes: int = 1 << 27
 
 
 class TripleLoader(LinkLoader):  # type: ignore[misc]
@@ -69,6 +71,7 @@ class TripleLoader(LinkLoader):  # type: ignore[misc]
             num_neighbors=settings.num_neighbors,
             similar_neighbors=settings.similar_neighbors,
             seed=settings.seed,
+            cache_bytes=settings.sample_cache_bytes,
             traffic=self.traffic,
         )
         features = DistributedFeatures(
@@ -213,7 +216,10 @@ def attach_extras(batch: HeteroData, extras: Extras, features: DistributedFeatur
     items = batch[ITEM]
     items.content_index = extras.content_index
     if extras.with_content:
-        items.content_x = features.content(items.n_id[extras.content_index])
+        wanted = items.n_id[extras.content_index]
+        order = features.own_first(wanted)
+        items.content_index = extras.content_index[order]
+        items.content_x = features.content(wanted[order])
     return batch
 
 

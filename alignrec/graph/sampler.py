@@ -20,10 +20,10 @@ from torch_geometric.sampler import (
     NodeSamplerInput,
 )
 
-from alignrec.distributed.exchange import Exchange, ragged_index
+from alignrec.distributed.exchange import Exchange
 from alignrec.graph.caching import Traffic
-from alignrec.graph.hashing import hash_ids, salt, uniform_below
 from alignrec.graph.negatives import Positives, draw_negatives
+from alignrec.graph.neighborhoods import Neighborhoods
 from alignrec.graph.schema import (
     EDGE_TYPES,
     ITEM,
@@ -35,11 +35,7 @@ from alignrec.graph.schema import (
     EdgeType,
     NodeType,
 )
-from alignrec.graph.stores import NeighborLists, PartitionedGraph
-
-_STREAM = 0x484F50
-# Requests carry the edge type in their lowest bits.
-_TYPE_BITS = 2
+from alignrec.graph.stores import PartitionedGraph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +76,20 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
         num_neighbors: Sequence[int],
         similar_neighbors: Sequence[int],
         seed: int,
+        cache_bytes: int = 0,
         traffic: Traffic | None = None,
     ) -> None:
+        """Prepare to sample; not collective.
+
+        Args:
+            graph: this rank's share.
+            exchange: with the other ranks.
+            num_neighbors: see above.
+            similar_neighbors: see above.
+            seed: see above.
+            cache_bytes: memory for samples of other ranks' nodes; changes no sample.
+            traffic: where to count; None counts in one of its own.
+        """
         _check_fanouts(num_neighbors, similar_neighbors)
         super().__init__()
         self.num_neighbors = tuple(num_neighbors)
@@ -90,7 +98,13 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
         self.epoch = 0
         self.traffic = traffic or Traffic()
         self._graph = graph
-        self._exchange = exchange
+        self._neighborhoods = Neighborhoods(
+            graph,
+            exchange,
+            seed=seed,
+            cache_bytes=cache_bytes // self._num_rounds(),
+            traffic=self.traffic,
+        )
         own = graph.neighbors[REV_RATES]
         self._positives = Positives(own.indptr, own.source)
         self._tables = {t: NodeTable(graph.num_nodes[t]) for t in NODE_TYPES}
@@ -167,6 +181,11 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
         }
         return output, Extras(weight, edges.content, bool(self.similar_neighbors), positions)
 
+    def _num_rounds(self) -> int:
+        """Return how often a batch asks for neighbours: content layers start one round later."""
+        depth, layers = len(self.num_neighbors), len(self.similar_neighbors)
+        return max(depth, 1 + layers) if layers else depth
+
     def _expand(self, positions: dict[NodeType, Int64[Tensor, " n"]]) -> "_Expansion":
         """Walk outwards from the seeds: user-item hops, and content layers one round behind."""
         depth, layers = len(self.num_neighbors), len(self.similar_neighbors)
@@ -175,7 +194,7 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
         content = frontier[ITEM]
         result = _Expansion({t: [] for t in EDGE_TYPES}, {t: [] for t in NODE_TYPES}, empty)
         self._count_nodes(result)
-        for step in range(max(depth, 1 + layers) if layers else depth):
+        for step in range(self._num_rounds()):
             layer = step - 1
             asked: dict[EdgeType, Tensor] = {}
             fanouts: dict[EdgeType, int] = {}
@@ -215,53 +234,27 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
     def _sample_hop(
         self, asked: dict[EdgeType, Tensor], fanouts: dict[EdgeType, int], step: int
     ) -> dict[EdgeType, "_Edges"]:
-        """Ask the owners of the given destination nodes for their samples, all types at once.
+        """Sample the in-edges of the given destination nodes, all types at once.
 
         Args:
             asked: edge type -> positions of distinct destination nodes.
             fanouts: edge type -> edges to sample for each.
             step: number of the round, part of what the sample depends on.
         """
-        codes, owners = [], []
-        for edge_type, targets in asked.items():
-            ids = self._tables[edge_type[2]].ids_at(targets)
-            codes.append((ids << _TYPE_BITS) | EDGE_TYPES.index(edge_type))
-            owners.append(self._graph.owner_of(edge_type[2], ids))
-        owner = torch.cat(owners)
-        remote = int((owner != self._exchange.rank_index).sum())
-        self.traffic.add(nodes=len(owner), remote_nodes=remote)
-        route = self._exchange.send(torch.cat(codes), owner)
-        answer = self._answer(route.received, fanouts, step)
-        lengths, sources, weights = route.reply_ragged(*answer)
+        ids = {t: self._tables[t[2]].ids_at(targets) for t, targets in asked.items()}
+        drawn = self._neighborhoods.sample(ids, fanouts, epoch=self.epoch, step=step)
+        lengths, sources, weights = drawn.lengths, drawn.source, drawn.weight
         result = {}
         for edge_type, targets in asked.items():
             count, lengths = lengths[: len(targets)], lengths[len(targets) :]
             total = int(count.sum())
             result[edge_type] = _Edges(
-                self._tables[edge_type[0]].positions(sources[:total].to(torch.int64)),
+                self._tables[edge_type[0]].positions(sources[:total]),
                 targets.repeat_interleave(count),
                 weights[:total],
             )
             sources, weights = sources[total:], weights[total:]
         return result
-
-    def _answer(
-        self, codes: Int64[Tensor, " m"], fanouts: dict[EdgeType, int], step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample for nodes that this rank owns: lengths, global source ids and weights."""
-        graph = self._graph
-        kinds, ids = codes & ((1 << _TYPE_BITS) - 1), codes >> _TYPE_BITS
-        lists = torch.empty_like(ids)
-        fanout = torch.empty_like(ids)
-        keys = torch.empty_like(ids)
-        for kind, edge_type in enumerate(EDGE_TYPES):
-            own = (kinds == kind).nonzero()[:, 0]
-            if len(own):
-                rows = graph.local_rows(edge_type[2], ids[own])
-                lists[own] = rows + graph.first_list[edge_type]
-                fanout[own] = fanouts[edge_type]
-                keys[own] = hash_ids(ids[own], salt(self.seed, self.epoch, _STREAM, kind, step))
-        return sample_lists(graph.lists, lists, fanout, keys)
 
 
 class NodeTable:
@@ -280,7 +273,7 @@ class NodeTable:
     def __len__(self) -> int:
         return self._count
 
-    def positions(self, ids: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    def positions(self, ids: Int[Tensor, " n"]) -> Int64[Tensor, " n"]:
         """Return each id's number, entering the new ones."""
         wanted = ids.numpy()
         number = self._number
@@ -289,7 +282,7 @@ class NodeTable:
         if len(unseen):
             order = np.arange(len(unseen), dtype=np.int32)
             number[unseen[::-1]] = order[::-1]  # of equal ids the first occurrence is written last
-            fresh = unseen[number[unseen] == order]
+            fresh = unseen[number[unseen] == order].astype(np.int64)
             number[fresh] = np.arange(self._count, self._count + len(fresh), dtype=np.int32)
             self._parts.append(fresh)
             self._count += len(fresh)
@@ -311,63 +304,6 @@ class NodeTable:
         self._number[self.ids()] = -1
         self._parts = []
         self._count = 0
-
-
-def sample_lists(
-    neighbors: NeighborLists,
-    lists: Int64[Tensor, " m"],
-    fanout: Int64[Tensor, " m"],
-    keys: Int64[Tensor, " m"],
-) -> tuple[Int64[Tensor, " m"], Int[Tensor, " total"], Float32[Tensor, " total"]]:
-    """Sample from each list without replacement; lists no longer than the fanout come whole.
-
-    Args:
-        neighbors: the lists.
-        lists: which list to sample, equal ones allowed.
-        fanout: edges to sample from each; -1 takes all.
-        keys: hash that decides each sample.
-
-    Returns:
-        Number of edges from each list; their sources; their weights times n / k, so that a weighted
-        sum over the sample is unbiased for the sum over the list.
-    """
-    # index_select gathers several times faster than indexing with [] on the CPU.
-    starts = neighbors.indptr.index_select(0, lists)
-    lengths = neighbors.indptr.index_select(0, lists + 1) - starts
-    taken = torch.where((fanout >= 0) & (fanout < lengths), fanout, lengths)
-    edges = ragged_index(starts, taken)
-    scale = torch.ones(len(edges))
-    sampled = (taken < lengths).nonzero()[:, 0]
-    first = torch.cumsum(taken, 0) - taken
-    for k in torch.unique(fanout[sampled]).tolist():
-        rows = sampled[fanout[sampled] == k]
-        chosen = choose_without_replacement(keys[rows], lengths[rows], k=k)  # (k, rows)
-        places = (first[rows] + torch.arange(k)[:, None]).ravel()
-        edges.scatter_(0, places, (starts[rows] + chosen).ravel())
-        scale.scatter_(0, places, (lengths[rows] / k).to(torch.float32).repeat(k))
-    source = neighbors.source.index_select(0, edges)
-    return taken, source, neighbors.weight.index_select(0, edges) * scale
-
-
-def choose_without_replacement(
-    keys: Int64[Tensor, " rows"], lengths: Int64[Tensor, " rows"], *, k: int
-) -> Int64[Tensor, "k rows"]:
-    """Choose k distinct numbers below each length, every subset equally likely.
-
-    Floyd's algorithm (Bentley and Floyd, CACM 1987): the cost depends on k, not on the lengths.
-
-    Args:
-        keys: hash that decides each row.
-        lengths: larger than k.
-        k: how many.
-    """
-    chosen = torch.empty((k, len(keys)), dtype=torch.int64)
-    for step in range(k):
-        top = lengths - k + step
-        draw = uniform_below(hash_ids(keys, salt(step)), top + 1)
-        taken = (chosen[:step] == draw).any(dim=0)
-        chosen[step] = torch.where(taken, top, draw)
-    return chosen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,21 +99,31 @@ class PartitionedGraph(GraphStore):  # type: ignore[misc]
         """Return the local rows of nodes that this rank owns."""
         return self._row_of[node_type].index_select(0, ids).to(torch.int64)
 
-    def features(self, rows: Int64[Tensor, " n"]) -> Shaped[Tensor, "n num_features"]:
+    def features(
+        self, rows: Int64[Tensor, " n"], *, out: Shaped[Tensor, "n num_features"] | None = None
+    ) -> Shaped[Tensor, "n num_features"]:
         """Return the content features of this rank's items by local row, in the stored precision.
 
         Features stay in their files, which the operating system caches.
+
+        Args:
+            rows: local rows.
+            out: where to put them; None makes a new tensor.
         """
+        if out is None:
+            out = self.empty_features(len(rows))
         if len(self._features) == 1:
-            only: Tensor = self._features[0].index_select(0, rows)
-            return only
-        result = torch.empty((len(rows), self.num_features), dtype=self._feature_dtype)
+            return torch.index_select(self._features[0], 0, rows, out=out)
         first = 0
         for part in self._features:
-            inside = (rows >= first) & (rows < first + len(part))
-            result[inside] = part[rows[inside] - first]
+            inside = ((rows >= first) & (rows < first + len(part))).nonzero()[:, 0]
+            out[inside] = part.index_select(0, rows[inside] - first)
             first += len(part)
-        return result
+        return out
+
+    def empty_features(self, count: int) -> Shaped[Tensor, "count num_features"]:
+        """Return room for so many content features."""
+        return torch.empty((count, self.num_features), dtype=self._feature_dtype)
 
     def row_cache(self, size_bytes: int) -> RowCache | None:
         """Return a cache for other ranks' content features, None where it would hold no row."""
@@ -252,35 +262,49 @@ class DistributedFeatures(FeatureStore):  # type: ignore[misc]
         )
         return rows.float() if name == "x" else rows
 
+    def own_first(self, items: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+        """Return the order in which ``content`` wants items: this rank's own before others'."""
+        own = self._graph.local_rows(ITEM, items) >= 0
+        return torch.cat([own.nonzero()[:, 0], (~own).nonzero()[:, 0]])
+
     def content(self, items: Int64[Tensor, " n"]) -> Float32[Tensor, "n num_features"]:
         """Return the content features of distinct items; collective.
 
-        Rows of other ranks that are in the cache do not travel.
-        """
-        owners = self._graph.owner_of(ITEM, items)
-        remote = owners != self._exchange.rank_index
-        cache: RowCache | None = self._cache
-        found = torch.zeros_like(remote) if cache is None else cache.has(items)
-        self.traffic.add(
-            rows=len(items), remote_rows=int(remote.sum()), cached_rows=int(found.sum())
-        )
-        if cache is None:
-            return self._ask(items, owners).float()
-        here, absent = found.nonzero()[:, 0], (~found).nonzero()[:, 0]
-        arrived = self._ask(items[absent], owners[absent])
-        foreign = remote[absent].nonzero()[:, 0]
-        rows = arrived.new_empty((len(items), arrived.shape[1]))
-        rows[absent], rows[here] = arrived, cache.read(items[here])
-        cache.offer(items[absent][foreign], arrived[foreign])
-        return rows.float()
+        Rows of other ranks that are in the cache do not travel. Every row is written once, to where
+        it is returned: in a batch they are most of what is copied.
 
-    def _ask(
-        self, items: Int64[Tensor, " n"], owners: Int64[Tensor, " n"]
-    ) -> Shaped[Tensor, "n num_features"]:
+        Args:
+            items: by global id, in the order of ``own_first``.
+        """
         graph: PartitionedGraph = self._graph
-        route = self._exchange.send(items, owners)
-        rows: Tensor = route.reply(graph.features(graph.local_rows(ITEM, route.received)))
-        return rows
+        exchange: Exchange = self._exchange
+        cache: RowCache | None = self._cache
+        rows = graph.local_rows(ITEM, items)
+        num_own = int((rows >= 0).sum())
+        assert bool((rows[:num_own] >= 0).all()), "items in another order than own_first's"
+        foreign = items[num_own:]
+        absent = torch.arange(len(foreign))
+        if cache is not None:
+            absent = (~cache.has(foreign)).nonzero()[:, 0]
+        self.traffic.add(
+            rows=len(items),
+            remote_rows=len(foreign),
+            cached_rows=len(foreign) - len(absent),
+        )
+        asked = foreign[absent]
+        question = exchange.ask(asked, graph.owner_of(ITEM, asked))
+        result = graph.empty_features(len(items))
+        graph.features(rows[:num_own], out=result[:num_own])
+        route = question.route()
+        arrival = route.begin_reply(graph.features(graph.local_rows(ITEM, route.received)))
+        others = result[num_own:]
+        if cache is not None:
+            cache.read(foreign, out=others)
+        arrived = arrival.wait()
+        others[route.by_owner(absent)] = arrived
+        if cache is not None:
+            cache.offer(route.by_owner(asked), arrived)
+        return result.float()
 
     def _get_tensor_size(self, attr: TensorAttr) -> tuple[int, ...]:
         size = (self._graph.num_nodes[attr.group_name],)

@@ -10,14 +10,10 @@ import torch
 
 from alignrec.distributed.exchange import Exchange
 from alignrec.distributed.process_group import Rank
+from alignrec.graph.drawing import choose_without_replacement, sample_lists
 from alignrec.graph.hashing import hash_ids, salt, uniform, uniform_below
 from alignrec.graph.loader import NodeBatchLoader, TripleLoader, TripleSettings
-from alignrec.graph.sampler import (
-    NeighborSampler,
-    NodeTable,
-    choose_without_replacement,
-    sample_lists,
-)
+from alignrec.graph.sampler import NeighborSampler, NodeTable
 from alignrec.graph.schema import ITEM, RATES, REV_RATES, SIMILAR, USER
 from alignrec.graph.stores import NeighborLists, PartitionedGraph
 from alignrec.testing.datasets import write_dataset
