@@ -17,6 +17,7 @@ import torch
 from alignrec import artifacts, configuration, stage
 from alignrec.data.shards import SampleTable
 from alignrec.pretrain import STAGE
+from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import split_rows
 from alignrec.pretrain.deepspeed_config import OFFLOAD_STAGES, deepspeed_settings
@@ -25,6 +26,7 @@ from alignrec.pretrain.initial import TOKEN_EMBEDDINGS, read_tensors, rename
 from alignrec.pretrain.memory import Memory, TargetSize, memory_per_rank
 from alignrec.pretrain.objective import MaskedModel
 from alignrec.pretrain.target_files import planned_target
+from alignrec.pretrain.targets import PictureTarget
 from alignrec.pretrain.tokenizer import Words, as_words, read_texts, train
 
 ZERO_STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
@@ -138,16 +140,30 @@ def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
                 largest=max(sizes),
                 num_ranks=config.num_ranks,
                 num_frozen=num_frozen,
-                target=TargetSize(
-                    head_size=target.head_size,
-                    is_codes=config.objective.targets != "pixels",
-                    frozen_bytes=target.frozen_bytes,
-                    working_bytes=target.working_bytes(micro),
-                ),
+                target=target_size(config, architecture, target, micro_batch_size=micro),
             )
             for number in ZERO_STAGES
             if number or config.precision == "fp32"
         },
+    )
+
+
+def target_size(
+    config: PretrainConfig,
+    architecture: Architecture,
+    target: PictureTarget,
+    *,
+    micro_batch_size: int,
+) -> TargetSize:
+    """Return what a picture target adds to a rank's memory."""
+    masked = round(config.objective.patch_ratio * architecture.num_patches)
+    return TargetSize(
+        head_size=target.head_size,
+        is_codes=config.objective.targets != "pixels",
+        frozen_bytes=target.frozen_bytes,
+        working_bytes=target.working_bytes(
+            num_pictures=micro_batch_size, num_masked=micro_batch_size * masked
+        ),
     )
 
 

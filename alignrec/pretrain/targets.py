@@ -42,8 +42,13 @@ class PictureTarget(abc.ABC):
         """What was measured when the target was made."""
         return {}
 
-    def working_bytes(self, num_pictures: int) -> int:  # noqa: ARG002 - pixels are there anyway
-        """Return how much memory the goals of so many pictures take while they are computed."""
+    def working_bytes(self, *, num_pictures: int, num_masked: int) -> int:  # noqa: ARG002
+        """Return how much memory goals take while they are computed.
+
+        Args:
+            num_pictures: of a micro batch.
+            num_masked: masked patches in them.
+        """
         return 0
 
     @abc.abstractmethod
@@ -234,9 +239,12 @@ class CodebookTarget(_Codes):
         """Return the mean patch of each code."""
         return self.codebook.mean_patches[goals].float() / 127.5 - 1.0
 
-    def working_bytes(self, num_pictures: int) -> int:  # noqa: ARG002 - done block by block
-        """Return the bytes of the scores of all codes that are looked at together."""
-        return SCORES_AT_ONCE * self.codebook.centers.itemsize
+    def working_bytes(self, *, num_pictures: int, num_masked: int) -> int:  # noqa: ARG002
+        """Return the bytes of the scores that are looked at together, and of exact pixels."""
+        scores = min(SCORES_AT_ONCE, num_masked * self.head_size)
+        pixels = num_masked * self.codebook.mean_patches.shape[1]
+        basis = self.codebook.features.basis
+        return scores * self.codebook.centers.itemsize + pixels * basis.itemsize
 
 
 class VqkdTarget(_Codes):
@@ -265,8 +273,8 @@ class VqkdTarget(_Codes):
     ) -> None:
         """Return None: a code stands for a meaning, not for pixels."""
 
-    def working_bytes(self, num_pictures: int) -> int:
-        """Return the bytes of one layer's states, and of the scores of all codes."""
+    def working_bytes(self, *, num_pictures: int, num_masked: int) -> int:  # noqa: ARG002
+        """Return the bytes of one layer's states, or of the scores of all codes."""
         return self.tokenizer.working_bytes(num_pictures)
 
 
