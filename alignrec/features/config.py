@@ -23,10 +23,11 @@ class FeatureFile:
 class ExtractionConfig:
     """How the encoder's output becomes one row per item."""
 
-    pooling: Literal["cls", "mean"] = option(
+    pooling: Literal["cls", "mean", "all"] = option(
         "cls",
         "cls: the CLS state (the paper's); mean: patch mean beside token mean, each centred and "
-        "whitened on its own, so that the half of an absent modality stays zero",
+        "whitened on its own, so that the half of an absent modality stays zero; all: these two "
+        "beside the CLS state",
     )
     center: bool = option(True, "subtract the column means over all items with content")
     whiten: float = option(

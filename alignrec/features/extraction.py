@@ -29,7 +29,7 @@ from alignrec.errors import StageFailure, UserError
 from alignrec.features import rows
 from alignrec.features.config import ExtractionConfig, FeaturesConfig
 from alignrec.features.importing import write_imported
-from alignrec.pretrain.encoder import ContentEncoder, load_encoder, pool
+from alignrec.pretrain.encoder import NUM_PARTS, ContentEncoder, load_encoder, pool
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
@@ -109,7 +109,7 @@ def _extract(
     encoder = load_encoder(context.inputs["encoder"]).to(rank.device)
     table = SampleTable.read(dataset)
     mask = content_mask(dataset, config.extraction)
-    dim = encoder.architecture.width * (2 if config.extraction.pooling == "mean" else 1)
+    dim = encoder.architecture.width * NUM_PARTS[config.extraction.pooling]
     files = _WorkFiles.open(draft, (len(mask), dim), -(-len(table) // config.batch_size), config)
     if rank.is_first:
         files.create()
@@ -260,7 +260,7 @@ def _write_final(
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Columns that are centred and whitened together: all of them, or the half of a modality.
+    """Columns that are centred and whitened together: those of CLS, or of one modality.
 
     Apart, because the mean would otherwise show in the zeros of an absent modality.
     """
@@ -274,7 +274,9 @@ class _Part:
     def of(
         cls, raw: rows.Matrix, mask: npt.NDArray[np.bool_], config: ExtractionConfig
     ) -> "list[_Part]":
-        owners = mask.T if config.pooling == "mean" else [mask.any(axis=1)]
+        anything = mask.any(axis=1)
+        owners = [anything] if config.pooling == "cls" else [*mask.T, anything]
+        owners = owners[: NUM_PARTS[config.pooling]]
         width = raw.shape[1] // len(owners)
         parts = []
         for number, present in enumerate(owners):

@@ -9,5 +9,5 @@ STAGE = Stage(
     run="alignrec.pretrain.training:run",
     inputs=("dataset",),
     optional_inputs=(),
-    version=2,  # 2: pictures are resized by torch
+    version=3,  # 2: pictures are resized by torch; 3: the text head starts from counts
 )

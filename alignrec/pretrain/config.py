@@ -229,8 +229,8 @@ class TokenizerConfig:
     )
     initial_vectors: Literal["texts", "random"] = option(
         "texts",
-        "token embeddings start from which tokens share texts, or at random; those of "
-        "initial.checkpoint go before both",
+        "token embeddings and the text head start from which tokens share texts, or at random; "
+        "those of initial.checkpoint and of a text tower go before both",
     )
 
     def __post_init__(self) -> None:
@@ -405,11 +405,6 @@ class PretrainConfig:
 
     def _take_tower_tokenizer(self) -> None:
         tokenizer = self.tokenizer
-        if tokenizer.initial_vectors != TokenizerConfig.initial_vectors:
-            raise UserError(
-                f"pretrain.tokenizer.initial_vectors={tokenizer.initial_vectors} has no effect on "
-                f"pretrain.encoder.kind=towers, whose text tower has its own. Leave it out."
-            )
         if tokenizer.path is None:
             given = dataclasses.replace(tokenizer, path=self.encoder.text)
             object.__setattr__(self, "tokenizer", given)

@@ -25,7 +25,8 @@ from alignrec.pretrain.multiway import POSITION_OFFSET, MultiwayEncoder, Streams
 
 ARCHITECTURE = "encoder.json"
 WEIGHTS = "encoder.safetensors"
-Pooling = Literal["cls", "mean"]
+Pooling = Literal["cls", "mean", "all"]
+NUM_PARTS: dict[Pooling, int] = {"cls": 1, "mean": 2, "all": 3}
 
 
 class PatchProjection(nn.Conv2d):
@@ -184,13 +185,15 @@ def pool(
         text_padding: True where no token is.
         pooling: "cls": the CLS state, as in the paper (dim = width). "mean": mean of the patch
             states beside the mean of the token states (dim = 2 x width); an absent half is zero.
+            "all": these two, then the CLS state (dim = 3 x width).
     """
     if pooling == "cls":
         return streams.vision[:, 0]
     vision = streams.vision[:, 1:].mean(dim=1) * has_image[:, None]
     kept = (~text_padding)[..., None].to(streams.text.dtype)
     text = (streams.text * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1.0)
-    return torch.cat([vision, text], dim=1)
+    parts = [vision, text, streams.vision[:, 0]]
+    return torch.cat(parts[: NUM_PARTS[pooling]], dim=1)
 
 
 def save_encoder(architecture: Architecture, folder: Path, state: dict[str, Tensor]) -> None:

@@ -49,7 +49,13 @@ from alignrec.pretrain.target_files import open_target, prepare_target
 from alignrec.pretrain.tokenizer import TOKENIZER, Words, load_words, write_tokenizer
 from alignrec.pretrain.usage import FlopCounter, usage
 from alignrec.pretrain.verdict import verdict
-from alignrec.pretrain.word_vectors import VECTORS, read_word_vectors, write_word_vectors
+from alignrec.pretrain.word_vectors import (
+    VECTORS,
+    counts_words,
+    read_text_head,
+    read_word_vectors,
+    write_word_vectors,
+)
 from alignrec.stage import Context
 from alignrec.telemetry import HISTORY, Telemetry
 
@@ -131,7 +137,7 @@ def _prepare(
             target = open_target(config, architecture, draft.path, torch.device("cpu"))
             telemetry.say(write_initial(config, words, draft.work / INITIAL, picture=target))
         prepare_bridges(config, words, dataset, draft.work, device=rank.device, telemetry=telemetry)
-    elif config.tokenizer.initial_vectors == "texts" and not (draft.work / VECTORS).exists():
+    if counts_words(config) and not (draft.work / VECTORS).exists():
         write_word_vectors(
             dataset, words, draft.work / VECTORS, width=architecture.width, seed=config.seed
         )
@@ -196,12 +202,13 @@ class Trainer:
 
     def _first_state(self) -> dict[str, Tensor]:
         """Return the parameters that a new run does not draw at random."""
-        work = self.checkpoints.parent
-        if has_initial(self.config):
-            return read_initial(work / INITIAL) | read_bridges(work)
-        if self.config.tokenizer.initial_vectors == "texts":
-            return {TOKEN_EMBEDDINGS: read_word_vectors(work / VECTORS)}
-        return {}
+        work, config = self.checkpoints.parent, self.config
+        counted = read_text_head(work / VECTORS) if counts_words(config) else {}
+        if has_initial(config):
+            return counted | read_initial(work / INITIAL) | read_bridges(work)
+        if counted:
+            counted[TOKEN_EMBEDDINGS] = read_word_vectors(work / VECTORS)
+        return counted
 
     def train(self, watchdog: Watchdog) -> None:
         """Do the steps that are left, a beat for each part that does not wait for the peers."""

@@ -3,7 +3,8 @@
 A transformer that starts from random token embeddings needs many steps to find out that two words
 belong together; the counts say it at once. So embeddings start as the leading factors of the
 positive pointwise mutual information of tokens within texts (Levy & Goldberg 2014), because
-training starts from scratch.
+training starts from scratch. The text head starts from the same vectors, and from how frequent each
+token is: else the first hundreds of steps would only teach it that.
 """
 
 import itertools
@@ -19,30 +20,57 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.multiway import SMALL_STD
 from alignrec.pretrain.tokenizer import Words, read_texts
 
 Floats = npt.NDArray[np.float32]
 
 VECTORS = "word_vectors.safetensors"
 _MAX_TEXTS = 200_000  # more do not change which tokens belong together
-
+_UNSEEN = 0.1  # occurrences of a token that no text has
 _ITERATIONS = 8
 _SPARE_COLUMNS = 16
 
 
+def counts_words(config: PretrainConfig) -> bool:
+    """Whether a run starts from these vectors; a checkpoint has a text head of its own."""
+    return config.tokenizer.initial_vectors == "texts" and config.initial.checkpoint is None
+
+
 def write_word_vectors(dataset: Path, words: Words, target: Path, *, width: int, seed: int) -> None:
     """Write the vectors of a dataset's texts by rename (rank 0 calls it)."""
-    vectors = word_vectors(
-        _token_ids(dataset, words), vocabulary_size=words.vocabulary_size, width=width, seed=seed
-    )
+    occurrences = np.full(words.vocabulary_size, _UNSEEN)
+    texts = _tallied(_token_ids(dataset, words), occurrences)
+    vectors = word_vectors(texts, vocabulary_size=words.vocabulary_size, width=width, seed=seed)
+    log_shares = np.log(occurrences / occurrences.sum()).astype(np.float32)
     spare = target.with_suffix(".writing")
-    save_file({"vectors": torch.from_numpy(vectors)}, spare)
+    save_file(
+        {"vectors": torch.from_numpy(vectors), "log_shares": torch.from_numpy(log_shares)}, spare
+    )
     spare.replace(target)
 
 
 def read_word_vectors(path: Path) -> Float[Tensor, "vocabulary width"]:
-    """Read what ``write_word_vectors`` wrote."""
+    """Read the vectors that ``write_word_vectors`` wrote."""
     return load_file(path)["vectors"]
+
+
+def read_text_head(path: Path) -> dict[str, Tensor]:
+    """Return the text head to start from: vectors as long as random ones, shares as the bias."""
+    state = load_file(path)
+    vectors = state["vectors"]
+    length = SMALL_STD * vectors.shape[1] ** 0.5
+    return {"mlm_head.weight": vectors * length, "mlm_head.bias": state["log_shares"]}
+
+
+def _tallied(
+    texts: Iterable[list[int]], occurrences: npt.NDArray[np.float64]
+) -> Iterator[list[int]]:
+    """Pass texts on and add up how often each token occurs."""
+    for text in texts:
+        np.add.at(occurrences, text, 1.0)
+        yield text
 
 
 def _token_ids(dataset: Path, words: Words) -> Iterator[list[int]]:

@@ -20,7 +20,7 @@ from alignrec.pretrain.objective import build_model
 from alignrec.pretrain.optimizer import parameter_groups
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
-from alignrec.pretrain.word_vectors import read_word_vectors, write_word_vectors
+from alignrec.pretrain.word_vectors import read_text_head, read_word_vectors, write_word_vectors
 from alignrec.telemetry import read_history
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.pretraining import TINY_ENCODER, context_of, run_until
@@ -146,6 +146,7 @@ def test_the_plain_run_is_torch_adamw_on_the_global_batches(
     )
     write_word_vectors(dataset, words, tmp_path / "vectors", width=16, seed=config.seed)
     model.encoder.text_embed.weight.data.copy_(read_word_vectors(tmp_path / "vectors"))
+    model.load_state_dict(read_text_head(tmp_path / "vectors"), strict=False)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), betas=(config.beta1, config.beta2)
     )

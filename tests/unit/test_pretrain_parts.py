@@ -175,6 +175,9 @@ def test_pooling_shapes_and_absent_halves() -> None:
     assert (mean[1, :16] == 0).all()
     assert (mean[2, 16:] == 0).all()
     assert (mean[0] != 0).any()
+    cls_state = pool(streams, has_image, padding, pooling="cls")
+    both = torch.cat([mean, cls_state], dim=1)
+    assert torch.equal(pool(streams, has_image, padding, pooling="all"), both)
 
 
 def test_saved_encoders_come_back_and_foreign_weights_are_refused(tmp_path: Path) -> None:

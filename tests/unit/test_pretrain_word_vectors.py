@@ -3,10 +3,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alignrec import configuration
 from alignrec.pretrain import word_vectors as module
-from alignrec.pretrain.config import TokenizerConfig
+from alignrec.pretrain.config import PretrainConfig, TokenizerConfig
 from alignrec.pretrain.tokenizer import load_words, read_texts, write_tokenizer
-from alignrec.pretrain.word_vectors import word_vectors
+from alignrec.pretrain.word_vectors import (
+    counts_words,
+    read_text_head,
+    read_word_vectors,
+    word_vectors,
+    write_word_vectors,
+)
 from alignrec.testing.datasets import write_dataset
 
 
@@ -56,3 +63,31 @@ def test_every_nth_of_very_many_texts_is_read(
     assert list(module._token_ids(dataset, words)) == [words(text) for text in texts]
     monkeypatch.setattr(module, "_MAX_TEXTS", 4)
     assert list(module._token_ids(dataset, words)) == [words(text) for text in texts[::3]]
+
+
+def test_the_text_head_starts_from_token_shares_and_word_vectors(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", num_items=30)
+    write_tokenizer(dataset, TokenizerConfig(vocabulary_size=300), tmp_path / "t.json")
+    words = load_words(tmp_path / "t.json", max_length=40)
+    write_word_vectors(dataset, words, tmp_path / "v", width=16, seed=0)
+    head = read_text_head(tmp_path / "v")
+    tokens = np.concatenate([words(text) for text in read_texts(dataset)])
+    counts = np.bincount(tokens, minlength=words.vocabulary_size)
+    shares = np.exp(head["mlm_head.bias"].double().numpy())
+    assert shares.sum() == pytest.approx(1.0, rel=1e-5)
+    seen = counts > 0
+    assert not seen.all()
+    assert np.allclose(shares[seen], counts[seen] / len(tokens), rtol=0.15)
+    assert 0 < shares[~seen].max() < shares[seen].min()
+    vectors = read_word_vectors(tmp_path / "v")
+    ratio = head["mlm_head.weight"] / vectors
+    assert np.allclose(ratio, 0.02 * 16**0.5)  # as long as weights of standard deviation 0.02
+
+
+def test_a_checkpoint_keeps_its_text_head() -> None:
+    given = {"initial": {"checkpoint": "x.pth"}, "tokenizer": {"path": "beit3.spm"}}
+    build = configuration.build
+    assert not counts_words(build(PretrainConfig, given, section="pretrain"))
+    assert counts_words(build(PretrainConfig, {}, section="pretrain"))
+    random = {"tokenizer": {"initial_vectors": "random"}}
+    assert not counts_words(build(PretrainConfig, random, section="pretrain"))
