@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
 
 from alignrec import configuration
 from alignrec.pretrain.architecture import TowersArchitecture
@@ -33,7 +34,7 @@ def _saved_numbers(mapping: str) -> int:
         return tensor
 
     size, length = architecture.image_size, architecture.max_text_tokens
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+    with FakeTensorMode(), no_init_weights():  # some draw until a number is within bounds
         towers = Towers(architecture)
         own = {p.untyped_storage()._cdata for p in (*towers.parameters(), *towers.buffers())}
         images = torch.zeros(_ITEMS, size, size, 3, dtype=torch.uint8)
