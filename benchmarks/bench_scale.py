@@ -6,7 +6,7 @@
 graph stage cuts them into partitions on two ranks, and two ranks take steps of sampled training.
 An item's nearest items have its taste, of which there are about as many as cells, so the search for
 them is an easy one; ``bench_knn.py`` has harder ones. Neither the metrics nor the whole epoch are
-looked at: steps are timed, and their loss must fall.
+looked at: steps are timed, and their loss is told.
 
 Memory is what all processes of a phase have resident together (proportional set size: pages that
 they share count once), sampled four times a second; files in the page cache do not count.

@@ -25,7 +25,7 @@ from alignrec.graph import cells, knn, schema
 from alignrec.graph.cells import CellIndex
 from alignrec.graph.config import GraphConfig
 from alignrec.graph.knn import FeatureRows, Neighbors
-from alignrec.graph.previous import Digests, Previous, open_previous, row_digests, updated_keys
+from alignrec.graph.previous import Previous, open_previous, row_digests, updated_keys
 from alignrec.telemetry import Progress, Telemetry
 
 # Rows that are searched, saved and counted as progress together.
@@ -84,10 +84,8 @@ class Search:
             UserError: a feature is not finite, or the earlier graph is none or is damaged.
         """
         rows = FeatureRows(self.features, self.rank.device)
-        digests = self._by_chunks(
-            "digest", lambda start, stop: row_digests(self.features[start:stop])
-        )
-        previous = self._previous(digests)
+        self._make_chunks("digest", lambda start, stop: row_digests(self.features[start:stop]))
+        previous = self._previous()
         lists = self._update(rows, previous) if previous else np.arange(self.num_items)
         facts: dict[str, Any] = {
             "search": self.settings,
@@ -149,12 +147,12 @@ class Search:
 
     # From an earlier graph ------------------------------------------------------------------------
 
-    def _previous(self, digests: Digests) -> Previous | None:
+    def _previous(self) -> Previous | None:
         """Return the earlier lists, if these fit and few enough items have changed."""
         folder = self.config.knn.previous
         if folder is None:
             return None
-        previous = open_previous(folder, digests, self.settings)
+        previous = open_previous(folder, self._joined("digest"), self.settings)
         if isinstance(previous, str):
             self.telemetry.say(f"{folder} {previous}: all items are searched")
             return None
@@ -207,9 +205,10 @@ class Search:
     def _build_index(self, rows: FeatureRows) -> tuple[CellIndex, dict[str, Any]]:
         """Sort the items into cells, all ranks together, and find how many cells to look into."""
         centroids = self._centroids(rows)
-        cell = self._by_chunks(
+        self._make_chunks(
             "cell", lambda start, stop: cells.assign_cells(rows, centroids, start, stop)
         )
+        cell = self._joined("cell")
         items, first = cells.cell_order(cell, len(centroids))
         index = CellIndex(centroids, first, items, self._sorted_rows(rows, items))
         if self.rank.is_first and not (self.work / "probes.json").exists():
@@ -310,19 +309,16 @@ class Search:
     def _my_starts(self, count: int) -> range:
         return range(0, count, _CHUNK_ROWS)[self.rank.index :: self.rank.world_size]
 
-    def _by_chunks(
-        self, name: str, make: Callable[[int, int], npt.NDArray[Any]]
-    ) -> npt.NDArray[Any]:
-        """Make a row for each item, all ranks together, and return all of them."""
+    def _make_chunks(self, name: str, make: Callable[[int, int], npt.NDArray[Any]]) -> None:
+        """Make a row for each item, all ranks together."""
         for start in self._my_starts(self.num_items):
             path = self.work / f"{name}_{start:012d}.npy"
             if not path.exists():
                 _save(path, make(start, min(start + _CHUNK_ROWS, self.num_items)))
         barrier(self.rank)
-        return self._joined(name)
 
     def _joined(self, name: str) -> npt.NDArray[Any]:
-        """Return what ``_by_chunks`` has made."""
+        """Return what ``_make_chunks`` has made."""
         starts = range(0, self.num_items, _CHUNK_ROWS)
         return np.concatenate([np.load(self.work / f"{name}_{start:012d}.npy") for start in starts])
 
