@@ -25,7 +25,9 @@ from alignrec.pretrain.initial import (
     write_initial,
 )
 from alignrec.pretrain.objective import MaskedModel, build_model
+from alignrec.pretrain.targets import VqkdTarget
 from alignrec.pretrain.tokenizer import Words, load_words, write_tokenizer
+from alignrec.pretrain.vqkd import VqkdTokenizer
 from alignrec.testing.datasets import write_dataset
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "garden", "seed", "chair"]
@@ -132,6 +134,21 @@ def test_heads_may_be_drawn_anew_and_the_line_says_what_became_of_each(
     write_initial(make_config(path, heads="fresh"), words, tmp_path / "b")
     assert "mlm_head.weight" in load_file(tmp_path / "a")
     assert not [name for name in load_file(tmp_path / "b") if "head" in name]
+
+
+def test_the_picture_head_is_taken_over_where_codes_are_predicted(
+    words: Words, tmp_path: Path
+) -> None:
+    path, tensors = tmp_path / "beit3.pth", official_tensors()
+    as_torch(tensors, path)
+    with torch.device("meta"):
+        codes = {count: VqkdTarget(VqkdTokenizer(num_codes=count)) for count in (30, 31)}
+    line = write_initial(make_config(path), words, tmp_path / "a", picture=codes[30])
+    assert "mim_head" not in line
+    for name in ("mim_head.weight", "mim_head.bias"):
+        assert torch.equal(load_file(tmp_path / "a")[name], tensors[name])
+    line = write_initial(make_config(path), words, tmp_path / "b", picture=codes[31])
+    assert "drawn anew: mim_head.weight, mim_head.bias" in line
 
 
 @pytest.mark.parametrize("image_size", [8, 24, 32])
