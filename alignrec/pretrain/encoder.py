@@ -78,8 +78,12 @@ class ContentEncoder(nn.Module, abc.ABC):
         tokens: Int64[Tensor, "batch length"],
         text_padding: Bool[Tensor, "batch length"],
         masked_patches: Bool[Tensor, "batch patches"] | None = None,
+        wanted: Streams | None = None,
     ) -> Streams:
-        """Encode items; patches of an absent picture and padded tokens are not attended to."""
+        """Encode items; patches of an absent picture and padded tokens are not attended to.
+
+        With ``wanted`` (masks of both streams) the states of other positions are zero.
+        """
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:
@@ -114,6 +118,7 @@ class Encoder(ContentEncoder):
         tokens: Int64[Tensor, "batch length"],
         text_padding: Bool[Tensor, "batch length"],
         masked_patches: Bool[Tensor, "batch patches"] | None = None,
+        wanted: Streams | None = None,
     ) -> Streams:
         """Encode items; patches of an absent picture and padded tokens are not attended to.
 
@@ -126,7 +131,7 @@ class Encoder(ContentEncoder):
         vision_padding = absent.clone()
         vision_padding[:, 0] = False
         streams = Streams(vision, self.text_embed(tokens))
-        result: Streams = self.encoder(streams, vision_padding, text_padding)
+        result: Streams = self.encoder(streams, vision_padding, text_padding, wanted)
         return result
 
     def reset_parameters(self) -> None:

@@ -66,8 +66,18 @@ class Layout(NamedTuple):
         joint = packed.new_zeros(batch * length, packed.shape[-1])
         return joint.index_copy_(0, self.places, packed).view(batch, length, packed.shape[-1])
 
+    def only(self, rows: Streams) -> "Layout":
+        """Return the layout of some of the packed positions.
+
+        Args:
+            rows: int64 indices of packed vision and of packed text positions.
+        """
+        text = self.places[self.num_vision :][rows.text]
+        places = torch.cat([self.places[: self.num_vision][rows.vision], text])
+        return Layout(places, len(rows.vision), self.keys)
+
     def split(self, joint: Float[Tensor, "batch length width"]) -> Streams:
-        """Undo ``join``."""
+        """Undo ``join``, for the positions of this layout."""
         packed = joint.flatten(0, 1).index_select(0, self.places)
         return Streams(packed[: self.num_vision], packed[self.num_vision :])
 
@@ -123,14 +133,15 @@ class Attention(nn.Module):
         self.out_proj = multiway_linear(width, width)
         self.inner_attn_ln = multiway_norm(width)
 
-    def forward(self, streams: Streams, layout: Layout) -> Streams:
-        """Attend from every packed position to all of its item."""
+    def forward(self, streams: Streams, layout: Layout, rows: Streams | None = None) -> Streams:
+        """Attend to every position of the item, from all packed positions or from ``rows``."""
         query, key, value = (
             self._heads(layout.join(projection(streams)))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.keys)
-        split = layout.split(mixed.transpose(1, 2).flatten(2))
+        to = layout if rows is None else layout.only(rows)
+        split = to.split(mixed.transpose(1, 2).flatten(2))
         result: Streams = self.out_proj(self.inner_attn_ln(split))
         return result
 
@@ -164,9 +175,12 @@ class Layer(nn.Module):
         self.ffn = Multiway(lambda: FeedForward(width, hidden))
         self.final_layer_norm = multiway_norm(width)
 
-    def forward(self, streams: Streams, layout: Layout) -> Streams:
-        """Attend over the joint sequence, then transform each position."""
-        streams = _add(streams, self.self_attn(self.self_attn_layer_norm(streams), layout))
+    def forward(self, streams: Streams, layout: Layout, rows: Streams | None = None) -> Streams:
+        """Attend over the joint sequence, then transform each position, or only ``rows``."""
+        mixed = self.self_attn(self.self_attn_layer_norm(streams), layout, rows)
+        if rows is not None:
+            streams = Streams(streams.vision[rows.vision], streams.text[rows.text])
+        streams = _add(streams, mixed)
         return _add(streams, self.ffn(self.final_layer_norm(streams)))
 
 
@@ -213,22 +227,44 @@ class MultiwayEncoder(nn.Module):
         streams: Streams,
         vision_padding: Bool[Tensor, "batch vision"],
         text_padding: Bool[Tensor, "batch text"],
+        wanted: Streams | None = None,
     ) -> Streams:
-        """Encode; padded positions (True) are not attended to, and zero in the result."""
+        """Encode; padded positions (True) are not attended to, and zero in the result.
+
+        Args:
+            streams: states of all positions.
+            vision_padding: of the vision stream.
+            text_padding: of the text stream.
+            wanted: masks (True) of the positions whose results are asked for, which spares the
+                others most of the last layer; they are zero. Without it all are.
+        """
         streams = _add(streams, self.embed_positions(streams))
         vision, text = ~vision_padding, ~text_padding
         layout = Layout.of(vision, text)
         streams = Streams(pack(streams.vision, vision), pack(streams.text, text))
-        for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                # nothing in a layer is random, so no generator's state needs to be kept
-                streams = checkpoint(
-                    layer, streams, layout, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                streams = layer(streams, layout)
+        for layer in self.layers[:-1]:
+            streams = self._layer(layer, streams, layout, None)
+        rows = None
+        if wanted is not None:
+            rows = Streams(
+                *(w[p].nonzero().squeeze(1) for w, p in zip(wanted, (vision, text), strict=True))
+            )
+            vision, text = vision & wanted.vision, text & wanted.text
+        streams = self._layer(self.layers[-1], streams, layout, rows)
         streams = self.layer_norm(streams)
         return Streams(unpack(streams.vision, vision), unpack(streams.text, text))
+
+    def _layer(
+        self, layer: nn.Module, streams: Streams, layout: Layout, rows: Streams | None
+    ) -> Streams:
+        if not (self.recompute and torch.is_grad_enabled()):
+            result: Streams = layer(streams, layout, rows)
+            return result
+        # nothing in a layer is random, so no generator's state needs to be kept
+        recomputed: Streams = checkpoint(
+            layer, streams, layout, rows, use_reentrant=False, preserve_rng_state=False
+        )
+        return recomputed
 
     def reset_parameters(self) -> None:
         """Initialise as torchscale does with sub-LN: Xavier attention, scaled by depth."""

@@ -24,7 +24,7 @@ from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import ObjectiveConfig
 from alignrec.pretrain.encoder import make_encoder
 from alignrec.pretrain.masking import Masks
-from alignrec.pretrain.multiway import SMALL_STD
+from alignrec.pretrain.multiway import SMALL_STD, Streams
 from alignrec.pretrain.targets import PictureTarget, pixel_target
 
 # Means over masked tokens, masked patches, all tokens and masked patches of the global batch.
@@ -148,8 +148,14 @@ class MaskedModel(nn.Module):
 
     def forward(self, batch: MaskedBatch) -> tuple[Float[Tensor, "4"], Predictions]:
         """Return the four loss sums of ``LOSSES`` and the predictions."""
+        with_cls = F.pad(batch.masked_patches, (1, 0), value=self.summary is not None)
         streams = self.encoder(
-            batch.images, batch.has_image, batch.tokens, batch.text_padding, batch.masked_patches
+            batch.images,
+            batch.has_image,
+            batch.tokens,
+            batch.text_padding,
+            batch.masked_patches,
+            Streams(with_cls, batch.masked_text),  # the heads read nothing else
         )
         predictions = Predictions(
             self.mlm_head(streams.text[batch.masked_text]).float(),

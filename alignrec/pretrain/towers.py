@@ -156,6 +156,7 @@ class Towers(ContentEncoder):
         tokens: Int64[Tensor, "batch length"],
         text_padding: Bool[Tensor, "batch length"],
         masked_patches: Bool[Tensor, "batch patches"] | None = None,
+        wanted: Streams | None = None,
     ) -> Streams:
         """Encode items; patches of an absent picture and padded tokens are not attended to.
 
@@ -172,7 +173,7 @@ class Towers(ContentEncoder):
             vision = torch.where(masked_patches[..., None], self.mask_token, vision)
         vision_padding = F.pad(absent, (1, 0), value=False)
         streams = Streams(torch.cat([cls_state[:, None], vision], dim=1), text)
-        result: Streams = self.encoder(streams, vision_padding, text_padding)
+        result: Streams = self.encoder(streams, vision_padding, text_padding, wanted)
         return result
 
     def reset_parameters(self) -> None:
