@@ -147,7 +147,7 @@ def activation_bytes(
     tokens = micro_batch_size * positions
     states = wide * tokens * architecture.width
     layer = wide * tokens * (9 * architecture.width + 3 * architecture.hidden)
-    pictures = _FP32 * micro_batch_size * architecture.num_patches * architecture.patch_values
+    below = micro_batch_size * _input_bytes(architecture, wide)
     heads = micro_batch_size * _head_bytes(config.objective, architecture, target, wide)
     heads = max(heads, target.working_bytes)
     if config.activation_checkpointing:
@@ -155,14 +155,13 @@ def activation_bytes(
         above = architecture.num_layers * states + max(layer, heads)
     else:
         above = architecture.num_layers * layer + heads
-    towers = micro_batch_size * tower_bytes(architecture, wide=wide)
-    return above + 4 * states + pictures + towers
+    return above + 4 * states + below
 
 
-def tower_bytes(architecture: Architecture, *, wide: int) -> int:
-    """Return what the towers keep of one item for the backward pass; 0 without towers."""
+def _input_bytes(architecture: Architecture, wide: int) -> int:
+    """Return what is kept of one item below the multiway transformer: its pixels, or by towers."""
     if not isinstance(architecture, TowersArchitecture):
-        return 0
+        return _FP32 * architecture.num_patches * architecture.patch_values
     from alignrec.pretrain.tower_memory import saved_numbers  # torch and transformers take seconds
 
     return wide * saved_numbers(architecture)
