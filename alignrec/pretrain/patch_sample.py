@@ -89,16 +89,20 @@ def write_sample(
         num_threads=config.loader.num_threads,
         prefetch=config.loader.prefetch,
     )
+    order = np.argsort(pictures)  # read in the order of the shards, which may be far away
     batches = (
-        MicroBatch(0, pictures[start : start + _PICTURES_AT_ONCE])
+        MicroBatch(0, pictures[order[start : start + _PICTURES_AT_ONCE]])
         for start in range(0, len(pictures), _PICTURES_AT_ONCE)
     )
+    near = data.shards.fetched_ahead(batches, lambda batch: batch.rows)
+    places = patches.reshape(len(pictures), kept, -1)
     with telemetry.progress(len(pictures), "pictures") as progress:
         start = 0
-        for piece in loader.batches(batches):
-            patches[start : start + len(piece)] = piece
-            start += len(piece)
-            progress.update(len(piece) // kept)
+        for piece in loader.batches(near):
+            chosen = order[start : start + len(piece) // kept]
+            places[chosen] = piece.reshape(len(chosen), kept, -1)
+            start += len(chosen)
+            progress.update(len(chosen))
     patches.flush()
     spare.replace(target)
 
