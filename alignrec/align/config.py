@@ -74,6 +74,9 @@ class AlignConfig:
 
     embedding_dim: int = option(64, "size d of embeddings", minimum=1)
     layers: int = option(2, "number L of propagations over the user-item graph", minimum=1)
+    content_layers: int = option(
+        1, "number of propagations of content over the item-item graph", minimum=1
+    )
     content: bool = option(
         True,
         "use content features; false leaves ID propagation with BPR, UIA and L2 alone, whatever "
@@ -173,7 +176,8 @@ class AlignConfig:
         """Similar items sampled per hop of the item-item graph; empty without content."""
         if not self.content:
             return ()
-        return (self.num_similar if self.num_similar is not None else _NUM_NEIGHBORS,)
+        number = self.num_similar if self.num_similar is not None else _NUM_NEIGHBORS
+        return (number,) * self.content_layers
 
     def _check_start(self) -> None:
         if self.paper_compatible and self.initial.embeddings is not None:

@@ -47,7 +47,7 @@ class FullGraphModel(nn.Module):
         features: Float[Tensor, "num_items f"] | None,
     ) -> None:
         super().__init__()
-        self._layers = config.layers
+        self._layers, self._content_layers = config.layers, config.content_layers
         self._rates = rates
         self._similar = similar
         dim, seed = config.embedding_dim, config.seed
@@ -65,8 +65,9 @@ class FullGraphModel(nn.Module):
         user_id, item_id = propagate(self._rates, self.user, self.item, layers=self._layers)
         if self.content is None or self._similar is None:
             return Representations(user_id, item_id)
-        gated = self.item * self.gate(self.content.table())
-        item_content = self._similar.multiply(gated)
+        item_content = self.item * self.gate(self.content.table())
+        for _ in range(self._content_layers):
+            item_content = self._similar.multiply(item_content)
         user_content = self._rates.multiply(item_content)
         return Representations(user_id, item_id, user_content, item_content)
 

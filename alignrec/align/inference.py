@@ -31,11 +31,13 @@ class Inference:
         exchange: Exchange,
         *,
         layers: int,
+        content_layers: int,
         cold_from_similar: bool,
     ) -> None:
         self._graph = graph
         self._exchange = exchange
         self._layers = layers
+        self._content_layers = content_layers
         cold = graph.degree[ITEM] == 0
         anywhere = cold_from_similar and int(exchange.sum(cold.sum().unsqueeze(0))) > 0
         self._cold = cold if anywhere else None
@@ -64,7 +66,9 @@ class Inference:
         if self._cold is not None:
             h_item = fill_cold(h_item, self._cold, functools.partial(self.pull, SIMILAR))
         if gate is not None:
-            content = self.pull(SIMILAR, self._gated(item, gate))
+            content = self._gated(item, gate)
+            for _ in range(self._content_layers):
+                content = self.pull(SIMILAR, content)
             h_user, h_item = h_user + self.pull(REV_RATES, content), h_item + content
         return h_user, h_item
 

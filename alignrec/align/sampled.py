@@ -87,6 +87,7 @@ class SampledTrainer:
             self._graph,
             self._exchange,
             layers=config.layers,
+            content_layers=config.content_layers,
             cold_from_similar=config.cold_from_similar,
         )
         if earlier is not None:

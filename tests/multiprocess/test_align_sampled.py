@@ -100,12 +100,14 @@ def runs(
     """Run everything with as few processes as possible; return results by folder and rank."""
     root = tmp_path_factory.mktemp("runs")
     alone = [Job("full", FULL, 3), Job("full_id", id_only(FULL), 3), Job("sampled1", SAMPLED, 7)]
+    alone += [Job("full_deep", deeper(FULL), 3), Job("exact_deep1", deeper(EXACT), 3)]
     resumed = {ranks: Job(f"resumed{ranks}", SAMPLED, 7, first=3) for ranks in (1, 2, 3)}
     results = {}
     for ranks in (2, 3, 1):
         jobs = [Job(f"exact{ranks}", EXACT, 3), Job(f"exact_id{ranks}", id_only(EXACT), 3)]
         if ranks == 2:
             jobs += [Job("sampled2", SAMPLED, 7), Job("half", SAMPLED, 3, save=True)]
+            jobs.append(Job("exact_deep2", deeper(EXACT), 3))
         jobs.append(resumed[ranks])
         if ranks == 1:
             found = [train(folders, root, alone + jobs)]
@@ -117,6 +119,10 @@ def runs(
 
 def id_only(config: AlignConfig) -> AlignConfig:
     return dataclasses.replace(config, content=False)
+
+
+def deeper(config: AlignConfig) -> AlignConfig:
+    return dataclasses.replace(config, content_layers=2)
 
 
 def same_files(one: Path, other: Path, name: str, tolerance: float) -> None:
@@ -133,8 +139,9 @@ def same_course(found: Any, wanted: Any) -> None:
     assert found[1] == pytest.approx(wanted[1])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["", "_id"])
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [*itertools.product(("", "_id"), (1, 2, 3)), ("_deep", 1), ("_deep", 2)]
+)
 def test_full_fanout_on_any_number_of_ranks_is_full_graph_training(
     runs: tuple[Path, dict[str, list[Any]]], ranks: int, kind: str
 ) -> None:

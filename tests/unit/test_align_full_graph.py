@@ -72,7 +72,7 @@ def literal_objective(
     if config.content:
         hidden = features @ model.gate.project.weight.T + model.gate.project.bias
         gate = torch.sigmoid(hidden @ model.gate.gate.weight.T + model.gate.gate.bias)
-        mm_item = similar @ (model.item * gate)
+        mm_item = similar.matrix_power(config.content_layers) @ (model.item * gate)
         mm_user = r @ mm_item
         for view, other in ((mm_item[p], items[p]), (mm_user[u], users[u])):
             logits = cosine_similarity(view[:, None], other[None], dim=2) / config.temperature
@@ -95,8 +95,9 @@ def literal_objective(
         CONFIG,
         dataclasses.replace(CONFIG, content=False),
         dataclasses.replace(CONFIG, paper_compatible=True),
+        dataclasses.replace(CONFIG, content_layers=2),
     ],
-    ids=["content", "id only", "paper_compatible"],
+    ids=["content", "id only", "paper_compatible", "two content layers"],
 )
 def test_the_objective_and_its_gradients_equal_the_literal_formulas(config: AlignConfig) -> None:
     model, similar, features = make_model(config)
