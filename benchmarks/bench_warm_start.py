@@ -52,19 +52,21 @@ def prepared(base: Path, root: Path, **cut: Any) -> dict[str, Path]:  # noqa: AN
     return {"dataset": dataset, "features": features, "graph": graph}
 
 
-def align(folders: Mapping[str, Path], output: Path, settings: Mapping[str, Any]) -> list[float]:
-    """Run the stage; return the validation recall of each epoch."""
+def align(
+    folders: Mapping[str, Path], output: Path, settings: Mapping[str, Any]
+) -> dict[int, float]:
+    """Run the stage; return the validation recall by the number of epochs trained."""
     config = STAGE.load_config(settings)
     logs = output.with_name(output.name + ".logs")
     context = Context(folders, output, STAGE.fingerprint(config, folders), logs)
     STAGE.load_run()(config, context)
     rows = read_history(output)
-    return [round(row[f"valid/{SELECTION_METRIC}"], 5) for row in rows]
+    return {int(row["epoch"]) + 1: round(row[f"valid/{SELECTION_METRIC}"], 5) for row in rows}
 
 
-def epochs_until(course: list[float], recall: float) -> int | None:
-    """Return the number of epochs after which the recall is reached."""
-    return next((n for n, value in enumerate(course, 1) if value >= recall), None)
+def epochs_until(course: dict[int, float], recall: float) -> int | None:
+    """Return the number of epochs after which the recall is reached; 0: before the first step."""
+    return next((epochs for epochs, value in course.items() if value >= recall), None)
 
 
 def growth(base: Path, root: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,14 +81,14 @@ def growth(base: Path, root: Path, settings: Mapping[str, Any]) -> dict[str, Any
     initial = {"initial": {"embeddings": str(root / "first" / "align")}}
     days["from_first_day"] = align(second, root / "second" / "warm", {**settings, **initial})
     goals = {
-        "first_day_best": max(days["first_day"]),
-        "99_percent_of_from_nothing": 0.99 * max(days["from_nothing"]),
+        "first_day_best": max(days["first_day"].values()),
+        "99_percent_of_from_nothing": 0.99 * max(days["from_nothing"].values()),
     }
     until = {
         name: {day: epochs_until(days[day], goal) for day in ("from_nothing", "from_first_day")}
         for name, goal in goals.items()
     }
-    best = {day: max(course) for day, course in days.items()}
+    best = {day: max(course.values()) for day, course in days.items()}
     return {"best": best, "goals": goals, "epochs_until": until, "courses": days}
 
 
