@@ -34,10 +34,14 @@ def look_up(rank: Rank, exchange: Exchange, ids: torch.Tensor) -> dict[str, Any]
     route = exchange.send(ids, ids % world)
     lengths = route.received % 4  # the list of id i is i % 4 times i
     ragged = route.reply_ragged(lengths, route.received.repeat_interleave(lengths))
+    question = exchange.ask(ids, ids % world)  # in halves, with nothing between them
+    asked = question.route()
+    answers = asked.begin_reply(asked.received * 2).wait()
     local, total = sum_by_row(route.received, route.send_back(torch.ones(len(ids), 2)))
     return {
         "rows": rows.detach().numpy(),
         "gradient": own.grad.numpy(),
+        "halves": (answers.tolist(), asked.by_owner(ids * 2).tolist()),
         "ragged": [part.tolist() for part in ragged],
         "received": (local.tolist(), total[:, 0].tolist()),
         "sum": exchange.sum(torch.tensor([len(ids), 1])).tolist(),
@@ -59,6 +63,8 @@ def check(results: list[dict[str, Any]], asked: list[torch.Tensor]) -> None:
     times = torch.bincount(torch.cat(asked), minlength=NUM_ROWS)
     for rank, (result, ids) in enumerate(zip(results, asked, strict=True)):
         assert torch.equal(torch.tensor(result["rows"]), table()[ids])
+        assert result["halves"][0] == result["halves"][1]
+        assert sorted(result["halves"][0]) == sorted((ids * 2).tolist())
         mine = torch.arange(NUM_ROWS) % world == rank
         torch.testing.assert_close(torch.tensor(result["gradient"])[mine], expected[mine])
         assert result["ragged"] == [(ids % 4).tolist(), ids.repeat_interleave(ids % 4).tolist()]
