@@ -242,9 +242,9 @@ def decode_pillow(content: bytes, number: int, size: int) -> Pixels:
     flip = rng.random() < 0.5
     picture = Image.open(io.BytesIO(content))
     picture.draft("RGB", (int(size * 1.42), int(size * 1.42)))
-    picture = picture.convert("RGB")
-    box = crop_box(picture.width, picture.height, rng=rng)
-    small = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    rgb = picture.convert("RGB")
+    box = crop_box(rgb.width, rgb.height, rng=rng)
+    small = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if flip:
         small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(small)

@@ -204,10 +204,10 @@ class _Worker:
             self.config.batch_size,
             Loader(reader.read, num_threads=self.config.num_threads),
         )
-        batches = (
+        planned = (
             MicroBatch(0, np.arange(n * items, min((n + 1) * items, len(table)))) for n in left
         )
-        batches = shards.fetched_ahead(batches, lambda batch: batch.rows)
+        batches = shards.fetched_ahead(planned, lambda batch: batch.rows)
         finished = (len(mine) - len(left)) * items
         with self.telemetry.progress(len(mine) * items, "items", done=finished) as progress:
             for number, batch in zip(left, loader.batches(batches), strict=True):
