@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float32]
 
 VECTORS = "word_vectors.safetensors"
 _MAX_TEXTS = 200_000  # more do not change which tokens belong together
-_UNSEEN = 0.1  # occurrences of a token that no text has
+_UNSEEN = 1.0  # occurrences that all tokens share beforehand: none has a share of 0
 _ITERATIONS = 8
 _SPARE_COLUMNS = 16
 
@@ -40,7 +40,7 @@ def counts_words(config: PretrainConfig) -> bool:
 
 def write_word_vectors(dataset: Path, words: Words, target: Path, *, width: int, seed: int) -> None:
     """Write the vectors of a dataset's texts by rename (rank 0 calls it)."""
-    occurrences = np.full(words.vocabulary_size, _UNSEEN)
+    occurrences = np.full(words.vocabulary_size, _UNSEEN / words.vocabulary_size)
     texts = _tallied(_token_ids(dataset, words), occurrences)
     vectors = word_vectors(texts, vocabulary_size=words.vocabulary_size, width=width, seed=seed)
     log_shares = np.log(occurrences / occurrences.sum()).astype(np.float32)
