@@ -142,7 +142,7 @@ def fit(
             moments[name].add(bridges[name].norm(states))
         progress(len(batch.item_index))
     generator = torch.Generator().manual_seed(seed)
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, bridge in bridges.items():
         found = moments[name].projection(bridge.proj.out_features, generator)
         if found is not None:

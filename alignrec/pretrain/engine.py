@@ -166,7 +166,7 @@ class Engine:
         from deepspeed import utils
 
         if hasattr(parameter, "ds_id"):
-            share = parameter.ds_tensor.numel()
+            share = int(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
             padded = nn.functional.pad(
                 value.flatten(), (0, share * self._num_ranks - value.numel())
             )

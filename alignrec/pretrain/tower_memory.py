@@ -47,5 +47,5 @@ def _saved_numbers(mapping: str) -> int:
                 towers.text_bridge(towers.text_tower(tokens, padding)),
             )
     assert len(results) == len(("vision", "text"))
-    numbers = sum(s.nbytes() // size for a, (s, size) in kept.items() if a not in own)
+    numbers: int = sum(s.nbytes() // size for a, (s, size) in kept.items() if a not in own)
     return numbers // _ITEMS

@@ -78,7 +78,7 @@ class VisionModel(Tower):
         )
         pixels = (images.float() / 255.0 - mean) / std
         if masked is not None:
-            hidden = masked.unflatten(1, (self.side, self.side))
+            hidden = masked.view(-1, self.side, self.side)
             hidden = hidden.repeat_interleave(self.patch_size, dim=1)
             hidden = hidden.repeat_interleave(self.patch_size, dim=2)
             pixels = pixels.masked_fill(hidden[..., None], 0.0)
