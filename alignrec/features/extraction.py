@@ -274,9 +274,9 @@ class _Part:
     def of(
         cls, raw: rows.Matrix, mask: npt.NDArray[np.bool_], config: ExtractionConfig
     ) -> "list[_Part]":
-        anything = mask.any(axis=1)
-        owners = [anything] if config.pooling == "cls" else [*mask.T, anything]
-        owners = owners[: NUM_PARTS[config.pooling]]
+        anything = mask[:, 0] | mask[:, 1]
+        apart = [mask[:, 0], mask[:, 1], anything]
+        owners = [anything] if config.pooling == "cls" else apart[: NUM_PARTS[config.pooling]]
         width = raw.shape[1] // len(owners)
         parts = []
         for number, present in enumerate(owners):
