@@ -3,7 +3,8 @@
 FLOPs that the model needs, whatever a run computes beside them (recomputed layers do not count), of
 an item with v vision positions and t tokens, N layers of width d and inner size h:
 
-    layers   N (v + t) (8 d^2 + 4 d h)  +  4 N d (v + t)^2
+    layers   (v + t) (N (8 d^2 + 4 d h) - l)  +  4 N d (v + t)^2,  l = 2 d^2 + 4 d h being what the
+             last layer computes only for the positions that the heads read: l for each of those
     picture  2 d x values of a patch, for each patch
     heads    2 d x vocabulary for each masked token, 2 d x outputs for each masked patch; with the
              summary one token and each masked patch more, and its own two layers
@@ -50,9 +51,9 @@ class FlopCounter:
         position: of a position in all layers, but for attention.
         pair: of a pair of positions that attend to each other.
         patch: of a patch that is embedded.
-        masked_token: of a prediction of a token.
-        masked_patch: of all predictions of a patch.
-        item: of an item's summary.
+        masked_token: of a token's place in the last layer and its prediction.
+        masked_patch: of a patch's place in the last layer and all its predictions.
+        item: of an item's summary and the CLS state that it is made from.
         num_patches: of a picture.
     """
 
@@ -74,13 +75,14 @@ class FlopCounter:
         token_head = 2.0 * width * shapes.vocabulary_size
         patch_head = 2.0 * width * model.mim_head.out_features
         summaries = 0 if model.summary is None else 1
+        last = 2.0 * width**2 + 4.0 * width * shapes.hidden
         return cls(
-            position=layers * (8.0 * width**2 + 4.0 * width * shapes.hidden),
+            position=layers * (6.0 * width**2 + last) - last,
             pair=4.0 * layers * width,
             patch=2.0 * width * shapes.patch_values,
-            masked_token=token_head,
-            masked_patch=(1 + summaries) * patch_head,
-            item=summaries * (token_head + 4.0 * width**2),
+            masked_token=last + token_head,
+            masked_patch=last + (1 + summaries) * patch_head,
+            item=summaries * (last + token_head + 4.0 * width**2),
             num_patches=shapes.num_patches,
         )
 
