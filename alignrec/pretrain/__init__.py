@@ -9,5 +9,5 @@ STAGE = Stage(
     run="alignrec.pretrain.training:run",
     inputs=("dataset",),
     optional_inputs=(),
-    version=3,  # 2: pictures are resized by torch; 3: the text head starts from counts
+    version=3,  # 2: pictures are resized by torch; 3: text head from counts, linear summary
 )

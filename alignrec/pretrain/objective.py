@@ -96,7 +96,11 @@ class Predictions:
 
 
 class Summary(nn.Module):
-    """Vectors for the two heads, made from the CLS state alone."""
+    """Vectors for the two heads, made from the CLS state alone.
+
+    The words are told by the state itself but for a linear map that starts as the identity: what
+    the catalogue's words teach then lies in CLS, the feature, and not in layers thrown away.
+    """
 
     def __init__(self, width: int, num_patches: int) -> None:
         super().__init__()
@@ -112,7 +116,12 @@ class Summary(nn.Module):
         state = self.norm(cls_state)
         item, position = masked.nonzero(as_tuple=True)
         vision = self.vision(state)[item] + self.positions(position)
-        return F.gelu(self.text(state)), F.gelu(vision)
+        return self.text(state), F.gelu(vision)
+
+    def reset_parameters(self) -> None:
+        """Start with the identity for the words."""
+        nn.init.eye_(self.text.weight)
+        nn.init.zeros_(self.text.bias)
 
 
 class MaskedModel(nn.Module):
@@ -145,6 +154,8 @@ class MaskedModel(nn.Module):
         for head in (self.mlm_head, self.mim_head):
             nn.init.normal_(head.weight, std=SMALL_STD)
             nn.init.zeros_(head.bias)
+        if self.summary is not None:
+            self.summary.reset_parameters()
 
     def forward(self, batch: MaskedBatch) -> tuple[Float[Tensor, "4"], Predictions]:
         """Return the four loss sums of ``LOSSES`` and the predictions."""
