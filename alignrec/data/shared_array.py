@@ -55,6 +55,15 @@ class SharedArray:
         self._file.seek(self._start + first * self._row * self._dtype.itemsize)
         self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
 
+    def flush(self) -> None:
+        """Hand what was written to the host: the death of this process loses nothing of it."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until what was written is on disk: the death of this host loses nothing of it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def __enter__(self) -> Self:
         return self
 
@@ -65,5 +74,4 @@ class SharedArray:
         trace: TracebackType | None,
     ) -> None:
         with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.sync()

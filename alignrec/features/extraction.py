@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib.format import open_memmap
 
 from alignrec import artifacts, configuration
 from alignrec.data import schema
 from alignrec.data.loader import ItemBatch, ItemReader, Loader, MicroBatch
 from alignrec.data.order import permutation_key, permute
 from alignrec.data.shards import SampleTable, ShardReader, open_shards
+from alignrec.data.shared_array import SharedArray, create_array
 from alignrec.distributed.peers import lost_peers_reported
 from alignrec.distributed.process_group import (
     Rank,
@@ -160,12 +160,14 @@ class _WorkFiles:
         return cls(draft.work / _RAW, done, shape, num_batches)
 
     def create(self) -> None:
-        """Make the files unless a killed run has left them."""
-        if not self.raw.exists() or not self.done.exists():
+        """Make the files unless a killed run has left them; the marks come last, and whole."""
+        if not self.done.exists():
             for stale in self.done.parent.glob("done_*"):  # of another batch size
                 stale.unlink()
-            rows.create(self.raw, self.shape, "float32")
-            rows.create(self.done, (self.num_batches, 1), "bool")
+            create_array(self.raw, np.float32, self.shape)
+            spare = self.done.with_suffix(".writing")
+            create_array(spare, np.bool_, (self.num_batches,))
+            spare.replace(self.done)
 
 
 def _item_reader(context: Context, encoder: ContentEncoder, shards: ShardReader) -> ItemReader:
@@ -195,10 +197,9 @@ class _Worker:
         self, files: _WorkFiles, reader: ItemReader, shards: ShardReader, table: SampleTable
     ) -> None:
         """Fill in the batches that are not done yet."""
-        raw = open_memmap(files.raw, mode="r+")
-        done = open_memmap(files.done, mode="r+")
         index, size = self.rank.index, self.rank.world_size
         mine = range(files.num_batches * index // size, files.num_batches * (index + 1) // size)
+        done = np.load(files.done)
         left = [number for number in mine if not done[number]]
         items, loader = (
             self.config.batch_size,
@@ -209,13 +210,17 @@ class _Worker:
         )
         batches = shards.fetched_ahead(planned, lambda batch: batch.rows)
         finished = (len(mine) - len(left)) * items
-        with self.telemetry.progress(len(mine) * items, "items", done=finished) as progress:
+        with (
+            SharedArray.open(files.done) as marks,
+            SharedArray.open(files.raw) as raw,
+            self.telemetry.progress(len(mine) * items, "items", done=finished) as progress,
+        ):
             for number, batch in zip(left, loader.batches(batches), strict=True):
-                raw[batch.item_index] = self.encode(batch)
-                raw.flush()  # a mark must not reach storage before the rows
-                done[number] = True
+                _write_rows(raw, batch.item_index, self.encode(batch))
+                raw.sync()  # a mark must not reach storage before the rows
+                marks.write(number, np.ones(1, dtype=np.bool_))
+                marks.flush()
                 progress.update(len(batch.item_index))
-        done.flush()
 
     @torch.no_grad()
     def encode(self, batch: ItemBatch) -> npt.NDArray[np.float32]:
@@ -235,6 +240,14 @@ class _Worker:
             axis=1, keepdims=True
         )
         return result
+
+
+def _write_rows(
+    raw: SharedArray, index: npt.NDArray[np.int64], features: npt.NDArray[np.float32]
+) -> None:
+    """Write the rows of ascending items; removed items leave gaps, which stay zero."""
+    for run in np.split(np.arange(len(index)), np.flatnonzero(np.diff(index) != 1) + 1):
+        raw.write(int(index[run[0]]), features[run])
 
 
 def _write_final(

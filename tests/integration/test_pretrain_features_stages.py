@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from alignrec import artifacts, configuration
 from alignrec.data.shards import SampleTable
+from alignrec.data.shared_array import SharedArray
 from alignrec.errors import StageFailure
 from alignrec.features import STAGE as FEATURES
 from alignrec.features import extraction
@@ -198,6 +199,29 @@ def test_extraction_goes_on_where_it_was_stopped(
     extract_raw(dataset, encoder, tmp_path / "whole")
     stopped, whole = (np.load(tmp_path / n / "features.npy") for n in ("stopped", "whole"))
     assert np.array_equal(stopped, whole)
+
+
+def test_a_mark_is_written_after_its_rows_are_on_disk(
+    dataset: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, sync, marked, synced = SharedArray.write, SharedArray.sync, [], []
+
+    def watch(self: Any, first: int, rows: Any) -> None:
+        path = Path(self._file.name)
+        if path.name.startswith("done_"):
+            marked.append(first)
+            assert synced[-1].shape == (48, 16)
+            assert synced[-1][8 * first : 8 * first + 4].any(axis=1).all()  # item 7 has nothing
+        write(self, first, rows)
+
+    def look(self: Any) -> None:
+        sync(self)
+        synced.append(np.load(self._file.name))
+
+    monkeypatch.setattr(SharedArray, "write", watch)
+    monkeypatch.setattr(SharedArray, "sync", look)
+    extract_raw(dataset, encoder, tmp_path / "features")
+    assert marked == list(range(6))
 
 
 def test_a_hidden_modality_changes_the_items_that_lose_it_alone(

@@ -38,3 +38,14 @@ def test_nothing_at_all_is_an_array_too(tmp_path: Path) -> None:
     with SharedArray.open(tmp_path / "rows.npy") as file:
         file.write(0, np.empty(0, dtype=np.int64))
     assert np.load(tmp_path / "rows.npy").shape == (0,)
+
+
+def test_what_is_flushed_is_seen_by_others_before_the_end(tmp_path: Path) -> None:
+    create_array(tmp_path / "rows.npy", np.int32, (5,))
+    with SharedArray.open(tmp_path / "rows.npy") as file:
+        file.write(1, np.array([7, 8]))
+        file.flush()
+        assert np.load(tmp_path / "rows.npy").tolist() == [0, 7, 8, 0, 0]
+        file.write(3, np.array([9]))
+        file.sync()
+        assert np.load(tmp_path / "rows.npy").tolist() == [0, 7, 8, 9, 0]
