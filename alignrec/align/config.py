@@ -10,6 +10,7 @@ from alignrec.configuration import option
 from alignrec.errors import UserError
 
 _NUM_NEIGHBORS = 10
+_CACHE_BYTES = 1 << 27
 # Smallest temperature whose exponentials stay above float32's smallest number: exp(-2 / 0.03).
 MIN_TEMPERATURE = 0.03
 
@@ -116,6 +117,18 @@ class AlignConfig:
     checkpoint_steps: int = option(
         500, "optimizer steps between checkpoints", minimum=1, affects_result=False
     )
+    cache_bytes: int = option(
+        _CACHE_BYTES,
+        "memory of a rank for content features of other ranks' items; 0: none (mode sampled)",
+        minimum=0,
+        affects_result=False,
+    )
+    sample_cache_bytes: int = option(
+        _CACHE_BYTES,
+        "memory of a rank for neighbours of other ranks' nodes; 0: none (mode sampled)",
+        minimum=0,
+        affects_result=False,
+    )
     timeout_seconds: float = option(
         300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False
     )
@@ -197,6 +210,12 @@ class AlignConfig:
                 raise UserError(
                     f"{name}={getattr(self, name)} has no effect in mode full, which reads every "
                     f"neighbour. Remove it, or set mode: sampled."
+                )
+        for name in ("cache_bytes", "sample_cache_bytes"):
+            if getattr(self, name) != _CACHE_BYTES:
+                raise UserError(
+                    f"{name}={getattr(self, name)} has no effect in mode full, where there are no "
+                    f"other ranks. Remove it, or set mode: sampled."
                 )
         if self.num_ranks > 1:
             raise UserError(

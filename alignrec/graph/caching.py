@@ -7,8 +7,15 @@ import torch
 from jaxtyping import Bool, Int32, Int64, Shaped
 from torch import Tensor
 
+from alignrec.distributed.exchange import ragged_index
+from alignrec.graph.hashing import GOLDEN
+
 # Slots that are looked at for each row that needs one.
 _WINDOW = 4
+# Places that a sample may lie in: their keys fill a cache line.
+_WAYS = 8
+# Spreads consecutive keys: 2**64 over the golden ratio (Knuth, TAOCP 3, 6.4), as a signed number.
+_MULTIPLIER = GOLDEN - 2**64
 
 
 class RowCache:
@@ -23,7 +30,7 @@ class RowCache:
 
         Args:
             num_nodes: nodes in the whole graph; 5 bytes are kept for each.
-            capacity: rows that are kept at most.
+            capacity: rows that are kept at most; 16 bytes beside each.
             dim: length of a row.
             dtype: of the rows.
         """
@@ -34,6 +41,14 @@ class RowCache:
         self._rows = torch.zeros((capacity, dim), dtype=dtype)
         self._time = 0
         self._hand = 0
+
+    @classmethod
+    def within(
+        cls, size_bytes: int, *, num_nodes: int, num_rows: int, dim: int, dtype: torch.dtype
+    ) -> "RowCache | None":
+        """Make one of a size in bytes, for ``num_rows`` rows at most; None if none would fit."""
+        capacity = min((size_bytes - 5 * num_nodes) // (dim * dtype.itemsize + 16), num_rows)
+        return cls(num_nodes, capacity, dim=dim, dtype=dtype) if capacity > 0 else None
 
     def has(self, ids: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Tell which rows are here."""
@@ -83,55 +98,64 @@ class RowCache:
 class SampleCache:
     """Samples of other ranks' nodes, which stay the same for an epoch.
 
-    First come, first kept, until it is full: nodes that are asked for often come early. What is
+    A key may lie in the few places of its bucket. First come, first kept, until these are full:
+    nodes that are asked for often come early. Memory follows the capacity, not the graph. What is
     found here is what the owner would send, so a cache changes no sample.
     """
 
-    def __init__(self, num_keys: int, capacity: int, *, width: int) -> None:
+    def __init__(self, capacity: int, *, width: int) -> None:
         """Make an empty cache.
 
         Args:
-            num_keys: keys are below it; 4 bytes are kept for each.
-            capacity: rows that are kept at most.
+            capacity: rows that are kept at most; 8 bytes beside each.
             width: int32 numbers in a row.
         """
-        self._row = torch.full((num_keys,), -1, dtype=torch.int32)
-        self._rows = torch.zeros((capacity, width), dtype=torch.int32)
-        self._count = 0
+        ways = min(_WAYS, capacity)
+        self._keys = torch.full((capacity // ways, ways), -1, dtype=torch.int64)
+        self._rows = torch.zeros((self._keys.numel(), width), dtype=torch.int32)
         self._epoch = -1
 
     @classmethod
-    def within(
-        cls, size_bytes: int, *, num_keys: int, num_rows: int, width: int
-    ) -> "SampleCache | None":
-        """Make one of a size in bytes, for ``num_rows`` rows at most; None if none would fit."""
-        capacity = min((size_bytes - 4 * num_keys) // (4 * width), num_rows)
-        return cls(num_keys, capacity, width=width) if capacity > 0 else None
+    def within(cls, size_bytes: int, *, num_rows: int, width: int) -> "SampleCache | None":
+        """Make one of a size in bytes for a graph of ``num_rows`` rows; None if none would fit."""
+        # Twice the room, where there is memory: buckets fill unevenly.
+        capacity = min(size_bytes // (4 * width + 8), 2 * num_rows)
+        return cls(capacity, width=width) if capacity > 0 else None
 
     def start_epoch(self, epoch: int) -> None:
         """Forget the samples of other epochs."""
         if epoch != self._epoch:
-            self._row.fill_(-1)
-            self._count = 0
+            self._keys.fill_(-1)
             self._epoch = epoch
 
-    def find(self, keys: Int64[Tensor, " n"]) -> Int32[Tensor, " n"]:
+    def find(self, keys: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
         """Return where the rows are; -1 for those that are not here."""
-        places: Tensor = self._row.index_select(0, keys)
-        return places
+        buckets = self._bucket(keys)
+        same = (self._keys.index_select(0, buckets) == keys[:, None]).to(torch.uint8)
+        found, way = same.max(dim=1)
+        return torch.where(found > 0, buckets * self._keys.shape[1] + way, -1)
 
-    def read(self, places: Int32[Tensor, " n"]) -> Int32[Tensor, "n width"]:
+    def read(self, places: Int64[Tensor, " n"]) -> Int32[Tensor, "n width"]:
         """Return the rows at the places that were found; others have no meaning."""
         rows: Tensor = self._rows.index_select(0, places.clamp_min(0))
         return rows
 
     def keep(self, keys: Int64[Tensor, " n"], rows: Int32[Tensor, "n width"]) -> None:
-        """Keep rows of distinct keys that are not here, as many as there is room for."""
-        last = min(self._count + len(keys), len(self._rows))
-        count = last - self._count
-        self._rows[self._count : last] = rows[:count]
-        self._row[keys[:count]] = torch.arange(self._count, last, dtype=torch.int32)
-        self._count = last
+        """Keep rows of distinct keys that are not here, as far as there is room for them."""
+        ways = self._keys.shape[1]
+        buckets = self._bucket(keys)
+        used = (self._keys.index_select(0, buckets) >= 0).sum(dim=1)
+        free = (used < ways).nonzero()[:, 0]  # soon few: only these are sorted
+        free = free[torch.argsort(buckets[free], stable=True)]
+        sizes = torch.unique_consecutive(buckets[free], return_counts=True)[1]
+        way = used[free] + ragged_index(torch.zeros_like(sizes), sizes)
+        kept = free[way < ways]
+        places = buckets[kept] * ways + way[way < ways]
+        self._keys.view(-1)[places] = keys[kept]
+        self._rows[places] = rows[kept]
+
+    def _bucket(self, keys: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+        return ((keys * _MULTIPLIER) >> 32) % len(self._keys)  # % is not negative
 
 
 @dataclasses.dataclass

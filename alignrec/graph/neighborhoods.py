@@ -20,6 +20,8 @@ from alignrec.graph.schema import EDGE_TYPES, EdgeType
 from alignrec.graph.stores import PartitionedGraph
 
 _STREAM = 0x484F50
+# Most edges of a node that travel as a row of fixed length, 260 bytes: mean lists are shorter.
+_MAX_WIDTH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,9 @@ class _Round:
 
     @property
     def width(self) -> int | None:
-        """Most edges of a node; None without a limit."""
-        return None if -1 in self.fanouts.values() else max(self.fanouts.values(), default=0)
+        """Most edges of a node in this round; None if they are too many for rows of one length."""
+        largest = max(self.fanouts.values(), default=0)
+        return None if -1 in self.fanouts.values() or largest > _MAX_WIDTH else largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,6 @@ class Neighborhoods:
         self._traffic = traffic
         self._caches: dict[int, SampleCache | None] = {}
         sizes = [graph.num_nodes[edge_type[2]] for edge_type in EDGE_TYPES]
-        self._num_keys = sum(sizes)
         self.first_key = {t: sum(sizes[:kind]) for kind, t in enumerate(EDGE_TYPES)}
 
     def sample(
@@ -148,7 +150,7 @@ class Neighborhoods:
     def _take(
         self,
         places: _Places,
-        known: Int32[Tensor, " foreign"] | None,
+        known: Int64[Tensor, " foreign"] | None,
         absent: Int64[Tensor, " absent"],
         route: Route,
         answer: Int32[Tensor, "received row"],
@@ -172,12 +174,10 @@ class Neighborhoods:
         if this.width is None or self._cache_bytes == 0:
             return None
         if this.step not in self._caches:
-            own = sum(len(self._graph.owned[edge_type[2]]) for edge_type in EDGE_TYPES)
+            kinds = [edge_type[2] for edge_type in EDGE_TYPES]
+            foreign = sum(self._graph.num_nodes[t] - len(self._graph.owned[t]) for t in kinds)
             self._caches[this.step] = SampleCache.within(
-                self._cache_bytes,
-                num_keys=self._num_keys,
-                num_rows=self._num_keys - own,
-                width=1 + 2 * this.width,
+                self._cache_bytes, num_rows=foreign, width=1 + 2 * this.width
             )
         cache = self._caches[this.step]
         if cache is not None:
@@ -255,7 +255,7 @@ def unpack(rows: Int32[Tensor, "n row"], width: int) -> Samples:
     return Samples(lengths, flat[0], flat[1].view(torch.float32))
 
 
-def _absent(known: Int32[Tensor, " n"] | None, total: int) -> Int64[Tensor, " absent"]:
+def _absent(known: Int64[Tensor, " n"] | None, total: int) -> Int64[Tensor, " absent"]:
     return torch.arange(total) if known is None else (known < 0).nonzero()[:, 0]
 
 

@@ -102,11 +102,11 @@ class NeighborSampler(BaseSampler):  # type: ignore[misc]
             graph,
             exchange,
             seed=seed,
-            cache_bytes=cache_bytes // self._num_rounds(),
+            cache_bytes=cache_bytes // max(1, self._num_rounds()),
             traffic=self.traffic,
         )
         own = graph.neighbors[REV_RATES]
-        self._positives = Positives(own.indptr, own.source)
+        self._positives = Positives.indexed(own.indptr, own.source, graph.num_nodes[ITEM])
         self._tables = {t: NodeTable(graph.num_nodes[t]) for t in NODE_TYPES}
 
     def sample_from_nodes(self, index: NodeSamplerInput, **_: object) -> HeteroSamplerOutput:

@@ -127,12 +127,13 @@ class PartitionedGraph(GraphStore):  # type: ignore[misc]
 
     def row_cache(self, size_bytes: int) -> RowCache | None:
         """Return a cache for other ranks' content features, None where it would hold no row."""
-        capacity = size_bytes // max(self.num_features * self._feature_dtype.itemsize, 1)
-        capacity = min(capacity, self.num_nodes[ITEM] - len(self.owned[ITEM]))
-        if capacity <= 0:
-            return None
-        return RowCache(
-            self.num_nodes[ITEM], capacity, dim=self.num_features, dtype=self._feature_dtype
+        num_items = self.num_nodes[ITEM]
+        return RowCache.within(
+            size_bytes,
+            num_nodes=num_items,
+            num_rows=num_items - len(self.owned[ITEM]),
+            dim=self.num_features,
+            dtype=self._feature_dtype,
         )
 
     def training_edges(self) -> tuple[Int32[Tensor, " n"], Int32[Tensor, " n"]]:

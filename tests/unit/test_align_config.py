@@ -35,6 +35,8 @@ def test_neighbors_default_to_one_number_a_layer() -> None:
         ({"num_neighbors": [5, 5]}, "num_neighbors.* has no effect in mode full"),
         ({"num_similar": 5}, "num_similar=5 has no effect in mode full"),
         ({"num_ranks": 2}, "num_ranks=2 has no effect in mode full"),
+        ({"cache_bytes": 0}, "cache_bytes=0 has no effect in mode full"),
+        ({"sample_cache_bytes": 1}, "sample_cache_bytes=1 has no effect in mode full"),
         ({"mode": "sampled", "num_neighbors": [5]}, "has 1 hops, but layers=2"),
         ({"mode": "sampled", "num_neighbors": [5, 0]}, "0 neighbours cannot be sampled"),
         ({"mode": "sampled", "num_similar": 0}, "num_similar: 0 neighbours"),

@@ -48,8 +48,26 @@ def test_popular_rows_stay_when_others_come_once() -> None:
         assert ask(cache, popular) == 8
 
 
+def test_rows_take_no_more_memory_than_allowed() -> None:
+    """A map over all nodes is part of it: in a large graph a small cache is none."""
+    whole = {"num_nodes": NUM_NODES, "num_rows": 100, "dim": DIM, "dtype": torch.float16}
+    assert RowCache.within(5 * NUM_NODES + 21, **whole) is None
+    for size_bytes, capacity in ((5 * NUM_NODES + 22, 1), (1500, 22), (10_000, 100)):
+        cache = RowCache.within(size_bytes, **whole)
+        assert cache is not None
+        assert bytes_of(cache) <= size_bytes
+        ids = torch.arange(NUM_NODES)
+        for _ in range(2):
+            cache.offer(ids, table())
+        assert int(cache.has(ids).sum()) == capacity
+
+
+def bytes_of(cache: RowCache | SampleCache) -> int:
+    return sum(value.nbytes for value in vars(cache).values() if isinstance(value, torch.Tensor))
+
+
 def test_samples_are_kept_for_an_epoch_while_there_is_room() -> None:
-    cache = SampleCache(NUM_NODES, 5, width=2)
+    cache = SampleCache(5, width=2)
     rows = torch.arange(2 * NUM_NODES, dtype=torch.int32).view(-1, 2)
     cache.start_epoch(0)
     for keys in (torch.tensor([7, 3, 9]), torch.tensor([1, 190, 50])):
@@ -65,15 +83,37 @@ def test_samples_are_kept_for_an_epoch_while_there_is_room() -> None:
     assert (cache.find(torch.arange(NUM_NODES)) < 0).all()
 
 
-@pytest.mark.parametrize(("size_bytes", "capacity"), [(1000, 3), (40_000, 60), (803, None)])
-def test_samples_take_no_more_memory_than_allowed(size_bytes: int, capacity: int | None) -> None:
-    cache = SampleCache.within(size_bytes, num_keys=NUM_NODES, num_rows=60, width=15)
-    assert (cache is None) == (capacity is None)
-    if cache is not None:
-        keys = torch.arange(NUM_NODES)
-        cache.start_epoch(0)
-        cache.keep(keys, torch.zeros((NUM_NODES, 15), dtype=torch.int32))
-        assert int((cache.find(keys) >= 0).sum()) == capacity
+@pytest.mark.parametrize("stride", [1, 2, 64, 4096, 2**20])
+@pytest.mark.parametrize("capacity", [1, 12, 1000, 20_000])
+def test_samples_are_right_however_their_keys_lie(capacity: int, stride: int) -> None:
+    """Most places are filled, also by keys that are far apart, and with what belongs there."""
+    wanted = torch.arange(10_000) * stride
+    cache = SampleCache(capacity, width=2)
+    cache.start_epoch(0)
+    for keys in wanted[torch.randperm(len(wanted), generator=torch.manual_seed(0))].split(999):
+        cache.keep(keys, torch.stack([keys % 2**31, keys // 7], 1).to(torch.int32))
+    places = cache.find(wanted)
+    found = places >= 0
+    assert len(places[found].unique()) == int(found.sum()) <= capacity
+    # Many more keys than places leave hardly a bucket open, twice as many places hardly a key out.
+    assert int(found.sum()) > 0.6 * min(capacity, 0.98 / 0.6 * len(wanted))
+    rows = torch.stack([wanted % 2**31, wanted // 7], 1).to(torch.int32)
+    assert torch.equal(cache.read(places)[found], rows[found])
+
+
+def test_samples_take_no_more_memory_than_allowed() -> None:
+    """Whatever the size of the graph."""
+    assert SampleCache.within(67, num_rows=60, width=15) is None
+    assert SampleCache.within(1000, num_rows=0, width=15) is None
+    for num_rows in (60, 2**40):
+        for size_bytes in (68, 1000, 9000):
+            cache = SampleCache.within(size_bytes, num_rows=num_rows, width=15)
+            assert cache is not None
+            assert bytes_of(cache) <= size_bytes
+            cache.start_epoch(0)
+            keys = torch.arange(NUM_NODES)
+            cache.keep(keys, torch.zeros((NUM_NODES, 15), dtype=torch.int32))
+            assert int((cache.find(keys) >= 0).sum()) > 0.5 * size_bytes // 68
 
 
 def test_traffic_is_taken_once() -> None:
