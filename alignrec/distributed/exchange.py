@@ -46,8 +46,8 @@ class Exchange:
         Args:
             rank: this rank.
             group: of all ranks; the default one where it is None.
-            roll_call_seconds: after a broken connection, how long the others have to show that they
-                live; those that do not are named in the error.
+            roll_call_seconds: after a broken connection, how long the others have to notice it too;
+                those that do not are named in the error: gone, or busy with something else.
             before_collective: called before each collective: of ranks that wait for each other, the
                 one that never arrives has called it less often.
         """
@@ -140,7 +140,7 @@ class Exchange:
 
     @contextlib.contextmanager
     def _watching(self, action: str) -> Iterator[None]:
-        """Turn the error of a broken connection into one that names the ranks that are gone."""
+        """Turn the error of a broken connection into one that names the ranks that are silent."""
         try:
             yield
         except (RuntimeError, dist.DistError) as error:
@@ -168,7 +168,11 @@ class Exchange:
                 limit = datetime.timedelta(seconds=1)
         if not missing:
             return "all ranks live, but the connection between them broke"
-        return f"rank {', '.join(missing)} does not answer"
+        # A rank that is busy elsewhere signs no sooner than it exchanges again.
+        return (
+            f"rank {', '.join(missing)} does not answer within {self._roll_call_seconds:g} s: it "
+            f"has ended, hangs, or is busy and has not noticed yet"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +193,7 @@ class Arrival:
     device: torch.device
 
     def wait(self) -> Tensor:
-        """Return the rows once they are here; a rank that is gone is named."""
+        """Return the rows once they are here; a rank that does not answer is named."""
         if self.work is not None:
             with self.exchange._watching(f"waiting for {len(self.result)} rows"):
                 self.work.wait()

@@ -22,6 +22,18 @@ from alignrec.testing.propagation import batch_propagation, dense_propagation, r
 NUM_USERS, NUM_ITEMS, NUM_FEATURES = 50, 40, 12
 # graph, fanout, layers
 RUNS = [("graph2", -1, 2), ("graph2", -1, 3), ("graph1", 2, 2), ("graph2", 2, 2), ("graph4", 2, 2)]
+# Fanouts of user-item hops and content layers: a row's length differs from round to round; all
+# neighbours of one type beside some of another; more than travel as rows of one length.
+FANOUTS = {"rows": ((3, 2), (4,)), "mixed": ((3, -1), (4,)), "ragged": ((40, 2), (1, 3))}
+# Bytes for samples and for content rows of other ranks: 5 of each round, and 5.
+CACHES = {"none": (0, 0), "few": (2 * 5 * 44, 5 * NUM_ITEMS + 5 * 64), "all": (1 << 27, 1 << 27)}
+CACHED_RUNS = [
+    ("rows", "none"),
+    ("rows", "few"),
+    ("rows", "all"),
+    ("mixed", "few"),
+    ("ragged", "few"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +54,29 @@ def settings(fanout: int, layers: int = 2, batch: int = 80) -> TripleSettings:
     return TripleSettings((fanout,) * layers, (fanout,), batch, num_negatives=2, seed=3)
 
 
-def collect_rows(graph: Path, fanout: int, layers: int, rank: Rank) -> dict[str, Any]:
+def cached_settings(fanouts: str, caches: str) -> TripleSettings:
+    sample_cache_bytes, cache_bytes = CACHES[caches]
+    return TripleSettings(
+        *FANOUTS[fanouts],
+        80,
+        num_negatives=2,
+        seed=3,
+        cache_bytes=cache_bytes,
+        sample_cache_bytes=sample_cache_bytes,
+    )
+
+
+def collect_rows(graph: Path, settings: TripleSettings, rank: Rank) -> dict[str, Any]:
     """Return this rank's seeds of an epoch and their representations."""
     parameters = random_parameters(NUM_USERS, NUM_ITEMS, NUM_FEATURES)
     result: dict[str, Any] = {"triples": [], "totals": []}
     rows: dict[str, list[torch.Tensor]] = {USER: [], ITEM: []}
     exchange = Exchange(rank, new_group(timeout_seconds=60))
     store = PartitionedGraph.open(graph, rank)
-    loader = TripleLoader(store, exchange, settings(fanout, layers))
-    if fanout > 0:  # samples of one epoch are remembered, and must not be used in the next
+    loader = TripleLoader(store, exchange, settings)
+    if (
+        max(settings.num_neighbors) > 0
+    ):  # samples of one epoch are remembered, and must not be used in the next
         list(loader.epoch(0))
     batches = prefetch(loader.epoch(1), depth=2, traffic=loader.traffic)
     with contextlib.closing(batches):
@@ -97,9 +123,13 @@ def run_all(graphs: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """All that the tests want of one rank, in one go: starting ranks takes longer than the work."""
     with process_group(timeout_seconds=60) as rank:
         results = {
-            f"{name} {fanout} {layers}": collect_rows(graphs[name], fanout, layers, rank)
+            f"{name} {fanout} {layers}": collect_rows(graphs[name], settings(fanout, layers), rank)
             for name, fanout, layers in RUNS
         }
+        graph = graphs["graph4" if rank.world_size > 1 else "graph1"]
+        for fanouts, caches in CACHED_RUNS:
+            found = collect_rows(graph, cached_settings(fanouts, caches), rank)
+            results[f"{fanouts} {caches}"] = found
         return results | {"nodes": collect_nodes(graphs["graph4"], rank)}
 
 
@@ -182,13 +212,39 @@ def test_ranks_and_partitions_do_not_change_the_sample(
     pairs = {triple[1:3] for triple in triples}
     assert len(triples) == len(pairs) == NUM_USERS * 6
     found = [rank[f"graph{parts} 2 2"] for rank in ranks[world_size]]
-    assert sorted(triple for rank in found for triple in rank["triples"]) == triples
-    for kind in (USER, ITEM):
-        rows = np.concatenate([rank[kind] for rank in found])
-        np.testing.assert_allclose(ordered(rows), ordered(reference[kind]), atol=1e-6)
+    check_same_sample(found, reference)
     for totals in zip(*(rank["totals"] for rank in found), strict=True):
         assert {total[0] for total in totals} == {totals[0][0]}
         assert {total[2] for total in totals} == {sum(total[1] for total in totals)}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("fanouts", "caches"), CACHED_RUNS)
+def test_caches_do_not_change_the_sample(
+    ranks: Any, fanouts: str, caches: str, world_size: int
+) -> None:
+    name = f"{fanouts} {caches}"
+    found = [rank[name] for rank in ranks[world_size]]
+    check_same_sample(found, ranks[1][0][name])
+    for rank in found:
+        samples, rows = (
+            rank["traffic"][f"sampling/{rate}"] for rate in ("sample_hit_rate", "cache_hit_rate")
+        )
+        least = {"none": 0, "few": 0, "all": 0.3}[caches]
+        most = {"none": 0, "few": 0.3, "all": 1}[caches]
+        assert least <= samples <= most
+        assert least <= rows <= most
+        assert (rows > 0) == (samples > 0) == (caches != "none")
+
+
+def check_same_sample(found: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """All ranks' triples, and the sampled values for them, are together those of one rank."""
+    triples = sorted(triple for rank in found for triple in rank["triples"])
+    assert triples == sorted(reference["triples"])
+    for kind in (USER, ITEM):
+        rows = np.concatenate([rank[kind] for rank in found])
+        np.testing.assert_allclose(ordered(rows), ordered(reference[kind]), atol=1e-6)
 
 
 def ordered(rows: np.ndarray) -> np.ndarray:
