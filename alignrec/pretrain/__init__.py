@@ -9,5 +9,7 @@ STAGE = Stage(
     run="alignrec.pretrain.training:run",
     inputs=("dataset",),
     optional_inputs=(),
-    version=3,  # 2: pictures are resized by torch; 3: text head from counts, linear summary
+    # 2: pictures are resized by torch; 3: text head from counts, linear summary; 4: a codebook
+    # holds the counts of its codes
+    version=4,
 )

@@ -74,12 +74,14 @@ class Codebook:
         features: of patches.
         centers: (codes, components) of the features.
         mean_patches: (codes, values) mean of the patches of each code.
+        counts: (codes,) patches of each code in the sample that the codes were learned on.
         facts: how well the codes describe the sample they were learned on.
     """
 
     features: PatchFeatures
     centers: Float32[Tensor, "codes components"]
     mean_patches: UInt8[Tensor, "codes values"]
+    counts: Int64[Tensor, " codes"]
     facts: dict[str, float]
 
     @property
@@ -98,6 +100,7 @@ class Codebook:
             "offset": self.features.offset,
             "centers": self.centers,
             "mean_patches": self.mean_patches,
+            "counts": self.counts,
         }
         spare = path.with_suffix(".writing")
         cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -111,7 +114,7 @@ class Codebook:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = json.loads(file.metadata()["facts"])
         features = PatchFeatures(tensors["basis"], tensors["offset"])
-        return cls(features, tensors["centers"], tensors["mean_patches"], facts)
+        return cls(features, tensors["centers"], tensors["mean_patches"], tensors["counts"], facts)
 
 
 def learn_codebook(
@@ -234,6 +237,7 @@ def _judge(
         features,
         centers[used].contiguous(),
         means.round().to(torch.uint8),
+        counts[used],
         _facts(sums[used].cpu(), counts[used].cpu(), squares),
     )
 

@@ -1,5 +1,6 @@
-"""How well held-out items are predicted, against the best constant answers (training -> report)."""
+"""How well held-out items are predicted, beside constant answers (training -> report)."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ _NUM_PICTURES = 8
 def judge(engine: Engine, data: TrainingData, rank: Rank, *, batch_size: int) -> dict[str, float]:
     """Return losses and accuracy on held-out items beside the baselines; empty without any.
 
-    Baselines are the best constants for these very targets: the most frequent token and the tokens'
-    entropy, and the same of codes of patches, or the mean patch. So beating them means that
-    something is read from the context.
+    Baselines of tokens and pixels are the best constants for these very targets: the most frequent
+    token and the tokens' entropy, the mean patch. Those of codes are the target's own (see
+    ``constant`` in ``targets.py``). Beating them means that something is read from the context.
     """
     if len(data.split.held_out) == 0:
         return {}
@@ -35,15 +36,16 @@ def judge(engine: Engine, data: TrainingData, rank: Rank, *, batch_size: int) ->
     sums = torch.zeros(5, dtype=torch.float64)  # words, patches, text loss, image loss, hits
     words = torch.zeros(model.encoder.architecture.vocabulary_size, dtype=torch.float64)
     pictures: Tensor | None = None
-    for share in data.held_out_batches(rank.index, batch_size=batch_size):
-        batch = data.held_out_batch(share).to(rank.device)
-        losses, predictions = engine.forward(batch)
-        goals = batch.targets[batch.masked_text]
-        hits = (predictions.logits.argmax(dim=1) == goals).sum()
-        sums += torch.stack([*batch.counts()[:2], *losses[:2], hits]).double().cpu()
-        words += torch.bincount(goals, minlength=len(words)).double().cpu()
-        tally = model.target.tally(predictions.patches, predictions.patch_goals).cpu()
-        pictures = tally if pictures is None else pictures + tally
+    with contextlib.closing(data.held_out_batches(rank.index, batch_size=batch_size)) as shares:
+        for share in shares:
+            batch = data.held_out_batch(share).to(rank.device)
+            losses, predictions = engine.forward(batch)
+            goals = batch.targets[batch.masked_text]
+            hits = (predictions.logits.argmax(dim=1) == goals).sum()
+            sums += torch.stack([*batch.counts()[:2], *losses[:2], hits]).double().cpu()
+            words += torch.bincount(goals, minlength=len(words)).double().cpu()
+            tally = model.target.tally(predictions.patches, predictions.patch_goals).cpu()
+            pictures = tally if pictures is None else pictures + tally
     assert pictures is not None, "every rank has equally many shares, at least one"
     total = all_reduce_sum(torch.cat([sums, words, pictures]).to(rank.device), rank).cpu()
     first, second = len(sums), len(sums) + len(words)

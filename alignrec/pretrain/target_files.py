@@ -105,7 +105,8 @@ def _empty_codebook(num_codes: int, architecture: Architecture) -> Codebook:
         )
         centers = torch.empty(num_codes, MAX_COMPONENTS)
         means = torch.empty(num_codes, values, dtype=torch.uint8)
-    return Codebook(features, centers, means, {})
+        counts = torch.empty(num_codes, dtype=torch.int64)
+    return Codebook(features, centers, means, counts, {})
 
 
 def _quality(facts: dict[str, float]) -> str:

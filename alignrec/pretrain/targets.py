@@ -71,7 +71,7 @@ class PictureTarget(abc.ABC):
     def summary(
         self, tally: Float64[Tensor, " numbers"], *, loss: float, num_patches: float
     ) -> dict[str, float]:
-        """Return how good predictions are beside the best constant answer.
+        """Return how good predictions are beside a constant answer.
 
         Args:
             tally: sum of tallies.
@@ -189,14 +189,16 @@ class _Codes(PictureTarget):
     def summary(
         self, tally: Float64[Tensor, " numbers"], *, loss: float, num_patches: float
     ) -> dict[str, float]:
-        """Return loss and accuracy, the codes' entropy and the share of the most frequent one."""
-        shares = tally[1:][tally[1:] > 0] / num_patches
+        """Return loss and accuracy beside those of a constant answer."""
         return {
             "image_loss": loss / num_patches,
-            "image_loss_entropy": float(-(shares * shares.log()).sum()),
             "image_accuracy": float(tally[0]) / num_patches,
-            "image_accuracy_most_frequent": float(shares.max()),
+            **self.constant(tally[1:] / num_patches),
         }
+
+    @abc.abstractmethod
+    def constant(self, shares: Float64[Tensor, " codes"]) -> dict[str, float]:
+        """Return how well a constant answer does where codes have these shares."""
 
 
 class CodebookTarget(_Codes):
@@ -211,8 +213,8 @@ class CodebookTarget(_Codes):
     def frozen_bytes(self) -> int:
         """Bytes of the codebook."""
         book = self.codebook
-        held = (book.features.basis, book.features.offset, book.centers, book.mean_patches)
-        return sum(tensor.nbytes for tensor in held)
+        features = (book.features.basis, book.features.offset)
+        return sum(t.nbytes for t in (*features, book.centers, book.mean_patches, book.counts))
 
     @property
     def facts(self) -> dict[str, float]:
@@ -226,6 +228,19 @@ class CodebookTarget(_Codes):
     ) -> Int64[Tensor, " patches"]:
         """Return the codes of the masked patches."""
         return self.codebook.codes(cut_patches(images, self.patch_size)[masked])
+
+    def constant(self, shares: Float64[Tensor, " codes"]) -> dict[str, float]:
+        """Return the loss of the training sample's shares, the accuracy of its commonest code.
+
+        So nothing is learned from the patches that are judged: with few of them their own entropy
+        is far below what any constant from training can reach. One more patch of each code
+        (Laplace), as a held-out code may be rare.
+        """
+        counts = self.codebook.counts.to(shares) + 1
+        return {
+            "image_loss_unigram": float(-(shares * (counts / counts.sum()).log()).sum()),
+            "image_accuracy_unigram": float(shares[counts.argmax()]),
+        }
 
     def pixels(
         self,
@@ -267,6 +282,18 @@ class VqkdTarget(_Codes):
         """Return the codes of the masked patches; pictures without any are not looked at."""
         wanted = masked.any(dim=1)
         return self.tokenizer.codes(images[wanted])[masked[wanted]]
+
+    def constant(self, shares: Float64[Tensor, " codes"]) -> dict[str, float]:
+        """Return the codes' entropy and the share of the most frequent one.
+
+        That is the best constant for these very patches, as there is no sample of training: a
+        lower bound, which no constant from training reaches.
+        """
+        seen = shares[shares > 0]
+        return {
+            "image_loss_entropy": float(-(seen * seen.log()).sum()),
+            "image_accuracy_most_frequent": float(seen.max()),
+        }
 
     def pixels(
         self, predicted: Float[Tensor, "patches codes"], true: Float[Tensor, "patches values"]

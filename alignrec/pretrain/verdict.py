@@ -11,11 +11,18 @@ def verdict(judged: Mapping[str, float]) -> Iterator[str]:
             f"{judged['text_accuracy_unigram']:.1%}), loss {judged['text_loss']:.3f} (unigram: "
             f"{judged['text_loss_unigram']:.3f})"
         )
-    if "image_accuracy" in judged:
+    if "image_loss_unigram" in judged:
         yield (
             f"held-out patches: {judged['image_accuracy']:.1%} of the codes right (most frequent "
-            f"code: {judged['image_accuracy_most_frequent']:.1%}), loss {judged['image_loss']:.3f} "
-            f"(entropy of the codes: {judged['image_loss_entropy']:.3f})"
+            f"code of training: {judged['image_accuracy_unigram']:.1%}), loss "
+            f"{judged['image_loss']:.3f} (unigram of training: {judged['image_loss_unigram']:.3f})"
+        )
+    elif "image_loss_entropy" in judged:
+        yield (
+            f"held-out patches: {judged['image_accuracy']:.1%} of the codes right (most frequent "
+            f"of these codes: {judged['image_accuracy_most_frequent']:.1%}), loss "
+            f"{judged['image_loss']:.3f} (entropy of these codes: "
+            f"{judged['image_loss_entropy']:.3f})"
         )
     elif "image_loss" in judged:
         yield (

@@ -106,10 +106,10 @@ def make_target(config: PretrainConfig) -> PictureTarget | None:
                 torch.randint(-(2**20), 2**20, (64, values)).double(),
                 torch.zeros(64, dtype=torch.float64),
             )
+            centers = torch.randint(-99, 99, (codes, 64)).float()
             means = torch.zeros(codes, values, dtype=torch.uint8)
-            return CodebookTarget(
-                Codebook(features, torch.randint(-99, 99, (codes, 64)).float(), means, {}), 16
-            )
+            counts = torch.zeros(codes, dtype=torch.int64)
+            return CodebookTarget(Codebook(features, centers, means, counts, {}), 16)
         case "vqkd":
             return VqkdTarget(
                 VqkdTokenizer(

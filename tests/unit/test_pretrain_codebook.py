@@ -58,6 +58,7 @@ def assert_same(found: Codebook, other: Codebook) -> None:
     assert torch.equal(found.features.basis, other.features.basis)
     assert torch.equal(found.centers, other.centers)
     assert torch.equal(found.mean_patches, other.mean_patches)
+    assert torch.equal(found.counts, other.counts)
     assert found.facts == other.facts
 
 
@@ -152,6 +153,7 @@ def test_facts_are_those_of_the_codes_and_every_code_has_patches(tmp_path: Path)
     codes = found.codes(torch.from_numpy(patches))
     counts = torch.bincount(codes, minlength=found.num_codes)
     assert counts.min() > 0
+    assert torch.equal(found.counts, counts)
     assert found.facts["most_frequent_share"] == pytest.approx(int(counts.max()) / 1500, rel=1e-5)
     pixels = patches / 127.5 - 1
     error = np.square(pixels - (found.mean_patches[codes].numpy() / 127.5 - 1)).mean()

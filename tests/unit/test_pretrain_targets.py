@@ -1,5 +1,6 @@
 """Pixels and codes as what masked patches are predicted as: the same laws for every target."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,17 @@ def test_cut_patches_are_the_pixels_of_the_encoders_patches() -> None:
     assert torch.equal(cut_patches(images, 4).float() / 127.5 - 1, patchify(images, 4))
 
 
-def test_codes_are_judged_beside_the_most_frequent_and_the_entropy() -> None:
-    target = CodebookTarget(make_codebook(), 4)
-    goals = torch.tensor([0, 0, 0, 1])
-    predicted = torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1]), target.head_size).float()
-    halves = [target.tally(predicted[part], goals[part]) for part in (slice(1), slice(1, 4))]
-    found = target.summary(halves[0] + halves[1], loss=6.0, num_patches=4)
+def judge_codes(target: PictureTarget, *, goals: list[int], said: list[int]) -> dict[str, float]:
+    """Judge predictions in two batches, with a loss of 1.5 each."""
+    predicted = torch.nn.functional.one_hot(torch.tensor(said), target.head_size).float()
+    truth, parts = torch.tensor(goals), (slice(1), slice(1, len(said)))
+    tally = sum(target.tally(predicted[part], truth[part]) for part in parts)
+    assert isinstance(tally, torch.Tensor)
+    return target.summary(tally, loss=1.5 * len(said), num_patches=len(said))
+
+
+def test_codes_of_a_tokenizer_are_judged_beside_their_own_shares() -> None:
+    found = judge_codes(make_target("vqkd"), goals=[0, 0, 0, 1], said=[0, 1, 0, 1])
     assert found == {
         "image_loss": 1.5,
         "image_loss_entropy": pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))),
@@ -194,7 +200,36 @@ def test_codes_are_judged_beside_the_most_frequent_and_the_entropy() -> None:
         "image_accuracy_most_frequent": 0.75,
     }
     (line,) = verdict(found)
-    assert "75.0% of the codes right (most frequent code: 75.0%)" in line
+    assert "75.0% of the codes right (most frequent of these codes: 75.0%)" in line
+
+
+def test_codes_of_a_codebook_are_judged_beside_the_shares_of_training() -> None:
+    counts = torch.tensor([1, 5, 0, 90])
+    codebook = dataclasses.replace(make_codebook(), counts=counts, centers=torch.zeros(4, 9))
+    found = judge_codes(CodebookTarget(codebook, 4), goals=[0, 0, 2, 3], said=[0, 1, 2, 1])
+    assert found == {
+        "image_loss": 1.5,
+        "image_loss_unigram": pytest.approx(math.log(100) - math.log(2 * 2 * 1 * 91) / 4),
+        "image_accuracy": 0.5,
+        "image_accuracy_unigram": 0.25,  # code 3 of training, though 0 is held out more often
+    }
+    (line,) = verdict(found)
+    assert "50.0% of the codes right (most frequent code of training: 25.0%)" in line
+
+
+def test_no_shares_of_training_do_better_than_the_entropy_and_the_right_ones_as_well() -> None:
+    generator = torch.Generator().manual_seed(0)
+    entropies = CodebookTarget(make_codebook(), 4), make_target("vqkd")
+    codes = entropies[0].head_size
+    for _ in range(20):
+        goals = torch.randint(codes, (30,), generator=generator).tolist()
+        found, bound = (judge_codes(target, goals=goals, said=goals) for target in entropies)
+        assert found["image_loss_unigram"] >= bound["image_loss_entropy"]
+        assert found["image_accuracy_unigram"] <= bound["image_accuracy_most_frequent"]
+    shares = (make_codebook().counts + 1).double()
+    shares /= shares.sum()
+    entropy = float(-(shares * shares.log()).sum())
+    assert entropies[0].constant(shares)["image_loss_unigram"] == pytest.approx(entropy)
 
 
 def test_pixels_are_judged_beside_the_mean_patch() -> None:
