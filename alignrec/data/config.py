@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 from alignrec.configuration import option
@@ -29,11 +30,17 @@ class ShardsConfig:
     )
 
     def __post_init__(self) -> None:
-        """Refuse settings that have no effect.
+        """Refuse settings that have no effect, and credentials: manifests repeat the settings.
 
         Raises:
-            UserError: a cache without a root.
+            UserError: a cache without a root, or a root with a user or password.
         """
+        if re.search(r"://[^/]*@", self.root or ""):
+            raise UserError(
+                "shards.root has a user or password before the @, which would be written into "
+                "manifests and logs. Leave it out of the URL and put it into fsspec's own "
+                "configuration (~/.config/fsspec/*.json) or the store's environment variables."
+            )
         if self.root is None and (self.cache_folder or self.cache_bytes != _CACHE_BYTES):
             raise UserError(
                 "shards.cache_folder and shards.cache_bytes have no effect without shards.root: "

@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -201,8 +201,11 @@ class Loader(Generic[T]):
         self._prefetch = max(prefetch, num_threads)
         self.wait_seconds = 0.0
 
-    def batches(self, micro_batches: Iterable[MicroBatch]) -> Iterator[T]:
-        """Yield the made batches in the order given; ``wait_seconds`` adds up the waiting."""
+    def batches(self, micro_batches: Iterable[MicroBatch]) -> Generator[T, None, None]:
+        """Yield the made batches in the order given; ``wait_seconds`` adds up the waiting.
+
+        Close it when not all are taken; it closes ``micro_batches`` if that is a generator.
+        """
         source = iter(micro_batches)
         waiting: deque[concurrent.futures.Future[T]] = deque()
         pool = concurrent.futures.ThreadPoolExecutor(self._num_threads, "loader")
@@ -214,7 +217,10 @@ class Loader(Generic[T]):
             while waiting:
                 yield self._next(waiting)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(source, Generator):  # it may be fetching what nobody reads any more
+                source.close()
+            pool.shutdown(wait=True)
 
     def _next(self, waiting: "deque[concurrent.futures.Future[T]]") -> T:
         start = time.monotonic()

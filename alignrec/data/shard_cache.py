@@ -29,10 +29,11 @@ _COPY, _PART, _LOCK = ".tar", ".part", ".lock"
 _CHUNK_BYTES = 4 * 2**20
 _ATTEMPTS = 4
 _MOST_DAMAGED = 2  # a fetch that is damaged twice is damaged where it comes from
-_PATIENCE_SECONDS = 900.0  # for what another process fetches
+# With what another process fetches while nothing comes; less than peers and watchdogs have.
+_PATIENCE_SECONDS = 120.0
 _POLL_SECONDS = 0.02
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_SHARE_AHEAD = 0.7  # of the cache for what is fetched ahead; the rest is for other ranks' places
+_SHARE_AHEAD = 0.7  # of the cache for what is fetched ahead; the rest is for what is being read
 
 
 class ShardCache:
@@ -41,13 +42,20 @@ class ShardCache:
     keep_fresh = True
 
     def __init__(
-        self, config: ShardsConfig, shards: Iterable[ShardFile], *, pause_seconds: float = 1.0
+        self,
+        config: ShardsConfig,
+        shards: Iterable[ShardFile],
+        *,
+        num_readers: int = 1,
+        pause_seconds: float = 1.0,
     ) -> None:
         """Prepare the folder.
 
         Args:
             config: root, folder and size; the root must be set.
             shards: all shards that may be asked for.
+            num_readers: processes that share the folder and read different shards at a time;
+                those that read the same ones count as one.
             pause_seconds: before the second attempt of a fetch; doubled before each further one.
 
         Raises:
@@ -57,16 +65,18 @@ class ShardCache:
         self._root = (config.root or "").rstrip("/")
         self._folder = config.folder
         self.max_bytes = config.cache_bytes
+        self._num_readers = num_readers
         self._pause_seconds = pause_seconds
         self._verified: set[str] = set()
         self._needed: frozenset[Path] = frozenset()
+        self._failures: dict[str, str] = {}  # by SHA-256; no second round of attempts
         self._check_largest(shards)
         try:
             self._files, self._base = fsspec.core.url_to_fs(self._root)
         except (ImportError, ValueError, OSError) as error:
             raise UserError(
-                f"shards.root={_shown(self._root)} cannot be read ({error}). Correct it, or "
-                f"install fsspec's package for it."
+                f"shards.root={self._root} cannot be read ({error}). Correct it, or install "
+                f"fsspec's package for it."
             ) from error
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -74,13 +84,13 @@ class ShardCache:
         except OSError as error:
             raise UserError(
                 f"shards.cache_folder={self._folder} cannot be written ({error.strerror}), so "
-                f"shards from {_shown(self._root)} have no place. Name another folder."
+                f"shards from {self._root} have no place. Name another folder."
             ) from error
 
     @property
     def ahead_bytes(self) -> int:
         """Bytes of shards that may be fetched before they are read."""
-        return int(self.max_bytes * _SHARE_AHEAD)
+        return int(self.max_bytes * _SHARE_AHEAD / self._num_readers)
 
     def open(self, shard: ShardFile) -> int:
         """Return a descriptor of a verified copy, which the caller closes.
@@ -88,21 +98,28 @@ class ShardCache:
         Raises:
             StageFailure: it cannot be fetched, or is damaged where it comes from.
         """
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < deadline:
+        progress, since = 0, time.monotonic()
+        while time.monotonic() - since < _PATIENCE_SECONDS:
             for attempt in (self._open_copy, self._fetch):
                 if (descriptor := attempt(shard)) is not None:
                     return descriptor
+            if (found := self._last_write(shard)) != progress:
+                progress, since = found, time.monotonic()
             time.sleep(_POLL_SECONDS)  # another process is at it, or has taken all the room
         raise StageFailure(
             f"shard {self._url(shard)}: another process has held {self._part(shard)} or all of "
-            f"shards.cache_bytes={self.max_bytes} for {_PATIENCE_SECONDS:.0f} s. Look for hanging "
-            f"processes on this host, or give the run a shards.cache_folder of its own."
+            f"shards.cache_bytes={self.max_bytes} for {_PATIENCE_SECONDS:.0f} s in which nothing "
+            f"came. Look for hanging processes on this host, or give the run a "
+            f"shards.cache_folder of its own."
         )
 
     def expect(self, shards: Iterable[ShardFile]) -> None:
         """Take note of what will be opened: it makes room last, and is worth fetching ahead."""
         self._needed = frozenset(self._copy(shard) for shard in shards)
+        now = time.time_ns()
+        for copy in self._needed:  # another process makes room by what was not used for longest
+            with contextlib.suppress(OSError):
+                os.utime(copy, ns=(now, now))
 
     def prefetch(self, shard: ShardFile) -> None:
         """Make a copy, unless that is done, in other hands, not needed any more or too much."""
@@ -148,6 +165,8 @@ class ShardCache:
 
     def _fetch(self, shard: ShardFile) -> int | None:
         """Make a copy and return its descriptor; None when it is not for this process to do."""
+        if fault := self._failures.get(shard.sha256):
+            raise StageFailure(fault)
         descriptor = self._begin(shard)
         if descriptor is None:
             return None
@@ -156,7 +175,9 @@ class ShardCache:
             mark_used(descriptor)
             with self._locked():  # who makes room sees one of the two names
                 self._part(shard).replace(self._copy(shard))
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, StageFailure):
+                self._failures[shard.sha256] = str(error)
             self._part(shard).unlink(missing_ok=True)
             os.close(descriptor)
             raise
@@ -174,6 +195,7 @@ class ShardCache:
             if not _take(descriptor, part):
                 os.close(descriptor)
                 return None
+            os.ftruncate(descriptor, 0)  # what a killed process left is not counted twice
             if not self._make_room(shard.num_bytes):
                 part.unlink(missing_ok=True)
                 os.close(descriptor)
@@ -195,12 +217,20 @@ class ShardCache:
             over -= size
         return over <= 0
 
+    def _last_write(self, shard: ShardFile) -> int:
+        """Return when (ns) the shard's part last grew, or any that takes its room."""
+        with self._locked():  # no part comes and goes that only asked for room
+            part = self._part(shard)
+            parts = [part] if part.exists() else self._folder.glob(f"*{_PART}")
+            return max((used for used, _, _ in _sizes(parts)), default=0)
+
     def _fill(self, descriptor: int, shard: ShardFile) -> None:
         """Fetch a shard's bytes, again after a failure or when they are damaged."""
         num_damaged, fault = 0, ""
         for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(self._pause_seconds * 2 ** (attempt - 1))
+                mark_used(descriptor)  # who waits for it sees that it goes on
             try:
                 found = self._transfer(descriptor, shard)
             except StageFailure:
@@ -260,7 +290,7 @@ class ShardCache:
         return self._folder / f"{shard.sha256}{_PART}"
 
     def _url(self, shard: ShardFile) -> str:
-        return f"{_shown(self._root)}/{shard.name}"
+        return f"{self._root}/{shard.name}"
 
 
 def _take(descriptor: int, path: Path) -> bool:

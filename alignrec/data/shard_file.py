@@ -4,13 +4,17 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from alignrec import artifacts
-from alignrec.errors import StageFailure
+from alignrec.errors import StageFailure, UserError
+
+_NAME = re.compile(r"shards/\w[\w.-]*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +108,28 @@ def mark_used(descriptor: int) -> None:
 
 
 def shard_files(dataset: Path, names: tuple[str, ...]) -> tuple[ShardFile, ...]:
-    """Return what a dataset's manifest says of its shards; an unlisted one matches no content."""
+    """Return what a dataset's manifest says of its shards.
+
+    Raises:
+        UserError: what the tables and the manifest say is no shard's name, size or SHA-256. They
+            become paths, and may come from elsewhere.
+    """
     files = artifacts.read(dataset).files
-    absent = {"bytes": 0, "sha256": ""}
-    entries = ((name, files.get(name, absent)) for name in names)
-    return tuple(ShardFile(name, int(e["bytes"]), str(e["sha256"])) for name, e in entries)
+    return tuple(_shard_file(dataset, name, files.get(name, {})) for name in names)
+
+
+def _shard_file(dataset: Path, name: str, entry: Mapping[str, Any]) -> ShardFile:
+    sha256, num_bytes = entry.get("sha256"), entry.get("bytes")
+    if (
+        isinstance(sha256, str)
+        and isinstance(num_bytes, int)
+        and num_bytes >= 0
+        and _SHA256.fullmatch(sha256)
+        and _NAME.fullmatch(name)
+    ):
+        return ShardFile(name, num_bytes, sha256)
+    raise UserError(
+        f"{dataset}: the shard {name!r}, bytes={num_bytes!r}, sha256={sha256!r} in its manifest "
+        f"and samples.parquet is not shards/<name> with a size and a SHA-256, so nothing is read "
+        f"from there. Delete {dataset} and run data_prep again."
+    )

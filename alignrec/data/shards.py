@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 B = TypeVar("B")
 
 _MAX_OPEN_SHARDS = 64
-_FRESH_SECONDS = 1.0  # how precisely the cache knows what was used last
+_FRESH_SECONDS = 1.0  # how precisely the cache knows what was used last, and we what it removed
 _FETCHES_AT_ONCE = 4
 # Batches that are looked at before they are read.
 _AHEAD_AT_FIRST, _AHEAD_GROWTH, _MOST_AHEAD = 8, 3, 16_384
@@ -99,6 +99,7 @@ class ShardReader:
         self._source = source
         self._open: OrderedDict[int, concurrent.futures.Future[_OpenShard]] = OrderedDict()
         self._lock = threading.Lock()
+        self._next_look = 0.0
 
     def read(self, row: int) -> RawSample:
         """Return the sample in row ``row`` of the table.
@@ -109,6 +110,8 @@ class ShardReader:
         table = self._table
         number = int(table.shard[row])
         shard = self._shard(number)
+        if self._source.keep_fresh and time.monotonic() > self._next_look:
+            self._close_removed()
         image_bytes, json_bytes = int(table.image_bytes[row]), int(table.json_bytes[row])
         try:
             image = shard.read(int(table.image_offset[row]), image_bytes)
@@ -119,11 +122,14 @@ class ShardReader:
             raise self._source.damaged(self._files[number], fault) from error
         return RawSample(int(table.item_index[row]), image, text)
 
-    def fetched_ahead(self, batches: Iterable[B], rows: Callable[[B], Ints]) -> Iterator[B]:
+    def fetched_ahead(
+        self, batches: Iterable[B], rows: Callable[[B], Ints]
+    ) -> Generator[B, None, None]:
         """Yield the batches, while the shards of those that follow are being fetched.
 
         How far ahead is bounded by the bytes of the shards (``ahead_bytes`` of the source). Only
-        far-away shards are fetched: for the others the batches come as they are.
+        far-away shards are fetched: for the others the batches come as they are. Close it when not
+        all are taken: it gives up what has not begun.
 
         Args:
             batches: in the order in which they will be read.
@@ -140,7 +146,7 @@ class ShardReader:
             for batch in batches:
                 shards: list[int] = np.unique(self._table.shard[rows(batch)]).tolist()
                 for shard in expected.add(shards):
-                    pool.submit(self._source.prefetch, shard)
+                    pool.submit(self._prefetch, shard)
                 ahead.append((batch, shards))
                 while ahead and (expected.is_too_much() or len(ahead) > most):
                     first, shards = ahead.popleft()
@@ -173,13 +179,17 @@ class ShardReader:
                 while len(self._open) > _MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
         if future is not None:
-            return future.result()
+            try:
+                return future.result()
+            finally:
+                del future  # an error, its frames and a future that holds it would be a cycle
         try:
             descriptor = self._source.open(self._files[number])
         except BaseException as error:
             with self._lock:
                 self._open.pop(number, None)
             mine.set_exception(error)
+            del mine  # as above
             raise
         shard = _OpenShard(descriptor, keep_fresh=self._source.keep_fresh)
         mine.set_result(shard)
@@ -187,8 +197,13 @@ class ShardReader:
             self._close_removed()
         return shard
 
+    def _prefetch(self, shard: ShardFile) -> None:
+        self._source.prefetch(shard)
+        self._close_removed()
+
     def _close_removed(self) -> None:
         """Close shards whose file is gone: an open one would keep its place on the disk."""
+        self._next_look = time.monotonic() + _FRESH_SECONDS
         with self._lock:
             opened = [(n, f.result()) for n, f in self._open.items() if f.done()]
             for number in [number for number, shard in opened if shard.is_removed()]:
@@ -260,13 +275,22 @@ class _OpenShard:
         return os.fstat(self._descriptor).st_nlink == 0
 
 
-def open_shards(dataset: Path, table: SampleTable, config: ShardsConfig) -> ShardReader:
+def open_shards(
+    dataset: Path, table: SampleTable, config: ShardsConfig, *, num_readers: int = 1
+) -> ShardReader:
     """Return the reader of a dataset's samples.
 
+    Args:
+        dataset: its folder.
+        table: its samples.
+        config: where the shards are.
+        num_readers: processes on this host that read different shards at the same time.
+
     Raises:
-        UserError: the shards are elsewhere, and that place or the cache cannot be used.
+        UserError: the manifest lists what is no shard, or the place or the cache of far-away ones
+            cannot be used.
     """
     files = shard_files(dataset, table.shard_names)
     if config.root is None:
         return ShardReader(table, files, LocalShards(dataset))
-    return ShardReader(table, files, ShardCache(config, files))
+    return ShardReader(table, files, ShardCache(config, files, num_readers=num_readers))

@@ -22,12 +22,14 @@ class Rank:
         index: 0 .. world_size - 1.
         world_size: number of ranks.
         local_index: index among the ranks on this host; picks the accelerator.
+        local_world_size: number of ranks on this host; all of them where no launcher says.
         device: where this rank computes.
     """
 
     index: int = 0
     world_size: int = 1
     local_index: int = 0
+    local_world_size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -43,10 +45,12 @@ def rank_from_environment(environment: Mapping[str, str] | None = None) -> Rank:
     # A launcher may show a rank its own GPU alone, whatever its local index.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
+    world_size = int(variables.get("WORLD_SIZE", "1"))
     return Rank(
         index=int(variables.get("RANK", "0")),
-        world_size=int(variables.get("WORLD_SIZE", "1")),
+        world_size=world_size,
         local_index=local,
+        local_world_size=int(variables.get("LOCAL_WORLD_SIZE", world_size)),
         device=device,
     )
 

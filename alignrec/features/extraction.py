@@ -115,7 +115,8 @@ def _extract(
         files.create()
     barrier(rank)
     worker = _Worker(encoder, mask, config, rank, telemetry)
-    with contextlib.closing(open_shards(dataset, table, config.shards)) as shards:
+    near = open_shards(dataset, table, config.shards, num_readers=rank.local_world_size)
+    with contextlib.closing(near) as shards:
         worker.encode_range(files, _item_reader(context, encoder, shards), shards, table)
     barrier(rank)
     return files
@@ -213,9 +214,10 @@ class _Worker:
         with (
             SharedArray.open(files.done) as marks,
             SharedArray.open(files.raw) as raw,
+            contextlib.closing(loader.batches(batches)) as stream,
             self.telemetry.progress(len(mine) * items, "items", done=finished) as progress,
         ):
-            for number, batch in zip(left, loader.batches(batches), strict=True):
+            for number, batch in zip(left, stream, strict=True):
                 _write_rows(raw, batch.item_index, self.encode(batch))
                 raw.sync()  # a mark must not reach storage before the rows
                 marks.write(number, np.ones(1, dtype=np.bool_))

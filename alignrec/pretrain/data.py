@@ -1,7 +1,7 @@
 """What the trainer reads: which items, how they are batched, masked and prefetched."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,9 @@ class TrainingData:
         items = self.whole_reader.read(batch)
         return MaskedBatch.of(items, draw_masks(items, self.masks, epoch=batch.epoch))
 
-    def rank_batches(self, first_step: int, last_step: int, rank: int) -> Iterator[MicroBatch]:
+    def rank_batches(
+        self, first_step: int, last_step: int, rank: int
+    ) -> Generator[MicroBatch, None, None]:
         """Yield this rank's micro batches from one step up to before another."""
         planned = (
             batch
@@ -62,7 +64,7 @@ class TrainingData:
         )
         return self.shards.fetched_ahead(planned, lambda batch: batch.rows)
 
-    def held_out_batches(self, rank: int, *, batch_size: int) -> Iterator[MicroBatch]:
+    def held_out_batches(self, rank: int, *, batch_size: int) -> Generator[MicroBatch, None, None]:
         """Yield this rank's share of the held-out items, as many batches for each rank."""
         shares = equal_shares(
             self.split.held_out, batch_size=batch_size, rank=rank, num_ranks=self.plan.num_ranks
@@ -114,14 +116,18 @@ def _check_room(plan: Plan, shards: ShardReader, config: LoaderConfig) -> None:
     """Refuse a cache that cannot hold what is shuffled together: it would fetch for every item."""
     if config.shards.root is None:
         return
-    first = plan.rows[plan.order(epoch=0).samples(np.arange(min(plan.window_size, len(plan.rows))))]
-    needed = shards.bytes_of(first)
+    order, size = plan.order(epoch=0), plan.window_size
+    last = (len(plan.rows) - 1) // size
+    needed = 0
+    for window in {0, last // 3, 2 * last // 3, last}:
+        positions = np.arange(window * size, min((window + 1) * size, len(plan.rows)))
+        needed = max(needed, shards.bytes_of(plan.rows[order.samples(positions)]))
     if needed > config.shards.cache_bytes:
         raise UserError(
             f"pretrain.loader.shards.cache_bytes={config.shards.cache_bytes} holds less than the "
-            f"shards of one window ({needed} bytes for {len(first)} samples that are shuffled "
-            f"together), so each would be fetched many times. Raise it, set loader.block_size to "
-            f"the samples of a shard, or lower loader.window_size."
+            f"shards of one window ({needed} bytes for {min(size, len(plan.rows))} samples that "
+            f"are shuffled together), so each would be fetched many times. Raise it, set "
+            f"loader.block_size to the samples of a shard, or lower loader.window_size."
         )
 
 

@@ -216,10 +216,13 @@ class Trainer:
             return
         plan, size = self.data.plan, self.config.global_batch_size
         loader = make_loader(self.data, self.config)
-        stream = loader.batches(self.data.rank_batches(self.step, self.num_steps, self.rank.index))
-        with self.telemetry.progress(
-            self.num_steps * size, "samples", done=self.step * size
-        ) as progress:
+        planned = self.data.rank_batches(self.step, self.num_steps, self.rank.index)
+        with (
+            contextlib.closing(loader.batches(planned)) as stream,
+            self.telemetry.progress(
+                self.num_steps * size, "samples", done=self.step * size
+            ) as progress,
+        ):
             start, waited = time.monotonic(), loader.wait_seconds
             num_items = num_flops = 0.0
             while self.step < self.num_steps:

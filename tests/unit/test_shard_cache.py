@@ -6,7 +6,8 @@ import fcntl
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from alignrec import artifacts
 from alignrec.data.config import ShardsConfig
+from alignrec.data.loader import Loader, MicroBatch
 from alignrec.data.shard_cache import ShardCache
 from alignrec.data.shard_file import ShardFile, shard_files
 from alignrec.data.shards import SampleTable, ShardReader, open_shards
@@ -214,9 +217,9 @@ def test_damage_on_the_way_is_fetched_again(
     assert kept(tmp_path) == set()
     store.pipe(f"{ROOT}/{shards[0].name}", right * 3)  # more than there is room for
     with pytest.raises(StageFailure, match="checksum"):
-        cache.open(shards[0])
+        cache_of(tmp_path, shards).open(shards[0])
     store.pipe(f"{ROOT}/{shards[0].name}", right)
-    assert read(cache, shards[0]) == right
+    assert read(cache_of(tmp_path, shards), shards[0]) == right
 
 
 def test_damage_on_the_disk_is_found_by_the_next_run(
@@ -333,7 +336,11 @@ def test_mistakes_are_told_before_anything_is_fetched(
     with pytest.raises(UserError, match="less than the largest shard"):
         cache_of(tmp_path, shards, num_shards=0.5)
     with pytest.raises(UserError, match="nosuch://bucket cannot be read"):
-        cache_of(tmp_path, shards, root="nosuch://me:secret@bucket")
+        cache_of(tmp_path, shards, root="nosuch://bucket")
+    with pytest.raises(UserError, match=r"password.*fsspec's own") as told:
+        ShardsConfig(root="s3://me:secret@bucket")
+    assert "secret" not in str(told.value)
+    ShardsConfig(root="file:///srv/me@home")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         cache_of(tmp_path / "file" / "below", shards)
@@ -357,6 +364,188 @@ def test_a_cache_smaller_than_a_window_is_refused(
         opened()
     opened(block_size=10, window_size=10)
     assert not CountedFileSystem.fetched
+
+
+def test_a_prefetch_that_failed_is_not_tried_again(
+    tmp_path: Path, shards: tuple[ShardFile, ...]
+) -> None:
+    cache = cache_of(tmp_path, shards)
+    cache.expect(shards)
+    CountedFileSystem.failures.extend([TimeoutError("slow")] * 4)
+    for attempt in (cache.prefetch, cache.open):
+        with pytest.raises(StageFailure, match="4 of 4"):
+            attempt(shards[0])
+    assert sum(CountedFileSystem.fetched.values()) == 4
+
+
+def test_what_a_killed_process_left_is_not_counted_beside_its_successor(
+    tmp_path: Path, shards: tuple[ShardFile, ...]
+) -> None:
+    cache = cache_of(tmp_path, shards, num_shards=2)
+    read(cache, shards[1])
+    (tmp_path / f"{shards[0].sha256}.part").write_bytes(b"x" * shards[0].num_bytes)
+    read(cache, shards[0])
+    assert kept(tmp_path) == names(shards[0], shards[1])
+
+
+def test_the_wait_for_another_process_ends_when_nothing_comes(
+    tmp_path: Path, shards: tuple[ShardFile, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands still but for the pauses, and the holder writes in the first ten."""
+    now, pauses = 0.0, 0
+    part = tmp_path / f"{shards[0].sha256}.part"
+
+    def pause(_: float) -> None:
+        nonlocal now, pauses
+        now, pauses = now + 100.0, pauses + 1
+        if pauses <= 10:
+            os.utime(part, ns=(pauses, pauses))
+
+    cache = cache_of(tmp_path, shards)
+    monkeypatch.setattr("alignrec.data.shard_cache.time.sleep", pause)
+    monkeypatch.setattr("alignrec.data.shard_cache.time.monotonic", lambda: now)
+    with part.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StageFailure, match="120 s in which nothing came"):
+            cache.open(shards[0])
+    assert 10 < pauses <= 13
+
+
+def open_removed(folder: Path) -> int:
+    """Return how many files of a folder this process holds open though they have no name."""
+    links = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(str(path.readlink()))
+    return sum(link.startswith(str(folder)) and link.endswith("(deleted)") for link in links)
+
+
+def test_removed_copies_do_not_stay_open(
+    tmp_path: Path,
+    dataset: Path,
+    shards: tuple[ShardFile, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader = reader_of(dataset, tmp_path, shards, num_shards=3)
+    for row in (0, 10, 20):
+        reader.read(row)
+    list(reader.fetched_ahead([np.arange(30, 35), np.arange(40, 45)], lambda rows: rows))
+    assert kept(tmp_path) == names(*shards[2:5])
+    assert open_removed(tmp_path) == 0  # after a fetch of its own
+    reader.read(20)
+    other = cache_of(tmp_path, shards, num_shards=3)
+    for number in (0, 1, 5):
+        read(other, shards[number])
+    assert open_removed(tmp_path) == 1
+    monkeypatch.setattr(reader, "_next_look", 0.0)
+    reader.read(20)
+    assert open_removed(tmp_path) == 0  # a second after another's
+    reader.close()
+
+
+def test_readers_of_different_shards_leave_each_other_room(tmp_path: Path) -> None:
+    """Two read ten shards each through a cache of eight, in step: all are fetched once."""
+    dataset = write_dataset(tmp_path / "d", num_items=100, samples_per_shard=5, image_size=16)
+    table = SampleTable.read(dataset)
+    files = shard_files(dataset, table.shard_names)
+    for file in files:
+        fsspec.filesystem("counted").pipe(f"{ROOT}/{file.name}", (dataset / file.name).read_bytes())
+    far = ShardsConfig(
+        root=ROOT,
+        cache_folder=tmp_path / "cache",
+        cache_bytes=8 * max(file.num_bytes for file in files),
+    )
+    readers = [open_shards(dataset, table, far, num_readers=2) for _ in range(2)]
+    streams = [
+        reader.fetched_ahead((np.arange(n, n + 5) for n in range(first, first + 50, 5)), np.asarray)
+        for reader, first in zip(readers, (0, 50), strict=True)
+    ]
+    for pair in zip(*streams, strict=True):
+        for reader, rows in zip(readers, pair, strict=True):
+            for row in rows.tolist():
+                reader.read(row)
+    for reader in readers:
+        reader.close()
+    assert len(CountedFileSystem.fetched) == 20
+    assert set(CountedFileSystem.fetched.values()) == {1}
+
+
+class Stuck:
+    """Shards whose fetch ends only when the fetching was given up."""
+
+    keep_fresh = True
+    ahead_bytes = 2**40
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.given_up = threading.Event()
+
+    def open(self, shard: ShardFile) -> int:
+        raise StageFailure(shard.name)
+
+    def expect(self, shards: Iterable[ShardFile]) -> None:
+        pass
+
+    def prefetch(self, shard: ShardFile) -> None:
+        self.begun += 1
+        assert self.given_up.wait(timeout=30)
+
+    def damaged(self, shard: ShardFile, fault: str) -> StageFailure:
+        return StageFailure(fault)
+
+
+def test_a_failed_run_fetches_no_more(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Stuck()
+    files = shard_files(dataset, SampleTable.read(dataset).shard_names)
+    reader = ShardReader(SampleTable.read(dataset), files, source)
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def watched(
+        self: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False
+    ) -> None:
+        shutdown(self, wait=False, cancel_futures=cancel_futures)
+        if self._thread_name_prefix == "shards":
+            source.given_up.set()
+        shutdown(self, wait=wait)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", watched)
+    batches = (MicroBatch(0, np.arange(start, start + 10)) for start in range(0, 60, 10))
+    near = reader.fetched_ahead(batches, lambda batch: batch.rows)
+    stream = Loader(lambda batch: reader.read(int(batch.rows[0])), prefetch=1).batches(near)
+    with pytest.raises(StageFailure, match=files[0].name):
+        next(stream)
+    begun, given_up = source.begun, source.given_up.is_set()
+    source.given_up.set()  # where it was not: the test ends
+    assert given_up
+    assert begun == 4  # of 6: as many as at once
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (None, {"sha256": "../x/victim"}),
+        (None, {"sha256": "A" * 64}),
+        (None, {"bytes": -1}),
+        ("../outside.tar", {}),
+        ("/etc/passwd", {}),
+        ("shards/../../outside.tar", {}),
+        ("shards/..", {}),
+    ],
+)
+def test_what_would_lead_out_of_the_folders_is_no_shard(
+    dataset: Path, name: str | None, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = SampleTable.read(dataset).shard_names[0]
+    entry = artifacts.read(dataset).files[own] | change
+    manifest = dataclasses.replace(artifacts.read(dataset), files={name or own: entry})
+    monkeypatch.setattr(artifacts, "read", lambda _: manifest)
+    with pytest.raises(UserError, match=r"is not shards/<name> with a size and a SHA-256"):
+        shard_files(dataset, (name or own,))
+
+
+def test_a_shard_that_the_manifest_does_not_list_is_refused(dataset: Path) -> None:
+    with pytest.raises(UserError, match=r"'shards/x\.tar', bytes=None"):
+        shard_files(dataset, ("shards/x.tar",))
 
 
 def configured(config: PretrainConfig, **loader: Any) -> PretrainConfig:
