@@ -11,6 +11,7 @@ has caches too small for them.
 
 import argparse
 import dataclasses
+import json
 import os
 import statistics
 import tempfile
@@ -37,6 +38,9 @@ from alignrec.graph.scattering import scatter_edges
 from alignrec.graph.similarity import write_similarity
 from alignrec.graph.stores import PartitionedGraph
 from alignrec.testing.processes import run_ranks
+
+# Beside a graph that is complete: what it is.
+FACTS = "facts.json"
 
 
 def write_power_law_log(
@@ -128,6 +132,25 @@ def write(folder: Path, work: Path, method: str, options: argparse.Namespace) ->
         "cut": facts["edge_cut"]["user__rates__item"],
         "balance": facts["balance"],
     }
+
+
+def kept_or_written(
+    folder: Path, work: Path, method: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return facts about the graph in a folder, written now unless it is there complete."""
+    path = folder / FACTS
+    shape = {name: getattr(options, name) for name in ("users", "items", "edges", "partitions")}
+    if not folder.exists():
+        facts = {"options": shape, **write(folder, work, method, options)}
+        path.write_text(json.dumps(facts), encoding="utf-8")  # last: the graph is complete
+        return facts
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("options") != shape:
+        raise SystemExit(
+            f"{folder} holds {kept.get('options', 'an unfinished graph')}, not {shape}: it would "
+            f"be measured under a wrong name. Remove it or name another folder (--graphs)."
+        )
+    return kept
 
 
 def measure(folder: Path, case: Case, options: argparse.Namespace) -> dict[str, float]:
@@ -226,8 +249,10 @@ def main() -> None:
         graphs = options.graphs or Path(spare)
         for case in cases:
             folder = graphs / case.method
-            if not schema.meta_path(folder).exists():
-                facts[case.method] = write(folder, Path(work) / case.method, case.method, options)
+            if case.method not in facts:
+                facts[case.method] = kept_or_written(
+                    folder, Path(work) / case.method, case.method, options
+                )
             results[case.name] = compare(folder, case, options)
     write_result(options.output, vars(options), {"graphs": facts, **results})
 

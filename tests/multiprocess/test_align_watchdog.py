@@ -10,6 +10,7 @@ import pytest
 from alignrec import artifacts
 from alignrec.align import STAGE, full_graph, sampled
 from alignrec.distributed.process_group import rank_from_environment
+from alignrec.graph import sampler
 from alignrec.stage import Context
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
@@ -54,23 +55,32 @@ def hanging(
     return stuck_here
 
 
-def run(folders: dict[str, Path], output: Path, settings: dict[str, Any]) -> None:
-    """Run the stage; the last rank computes losses and hangs over them, but for a while."""
+# Where a rank hangs: over the losses, or in the thread that samples.
+PLACES = {
+    "full": (full_graph, "objective"),
+    "sampled": (sampled, "objective"),
+    "sampling": (sampler, "draw_negatives"),
+}
+
+
+def run(folders: dict[str, Path], output: Path, settings: dict[str, Any], place: str) -> None:
+    """Run the stage; the last rank hangs somewhere, but for a while."""
     logs = output.with_name(output.name + ".logs")
     rank = rank_from_environment()
-    module = full_graph if settings.get("mode") != "sampled" else sampled
+    module, name = PLACES[place]
     if rank.index == rank.world_size - 1:
-        module.objective = hanging(module.objective, logs, rank.world_size)
+        setattr(module, name, hanging(getattr(module, name), logs, rank.world_size))
     config = STAGE.load_config(settings)
     context = Context(folders, output, STAGE.fingerprint(config, folders), logs)
     STAGE.load_run()(config, context)
 
 
+@pytest.mark.parametrize("place", ["sampled", "sampling"])
 def test_the_rank_that_hangs_in_sampled_mode_is_named_and_the_run_goes_on(
-    folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], place: str
 ) -> None:
     settings = {**SETTINGS, "mode": "sampled", "num_ranks": 2}
-    run_ranks(run, 2, folders, tmp_path / "align", settings)
+    run_ranks(run, 2, folders, tmp_path / "align", settings, place)
     told = capfd.readouterr().err
     for rank in (0, 1):
         assert f"rank {rank} of 2 (host " in told
@@ -88,7 +98,7 @@ def test_full_mode_shows_where_it_stands_still(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(full_graph, "objective", full_graph.objective)  # put back at the end
-    run(folders, tmp_path / "align", SETTINGS)
+    run(folders, tmp_path / "align", SETTINGS, "full")
     assert "rank 0 of 1 (host " in capfd.readouterr().err
     assert "in stuck_here" in (tmp_path / "align.logs" / "stacks_0000.txt").read_text()
     assert artifacts.read(tmp_path / "align").facts["epochs_run"] == 2
