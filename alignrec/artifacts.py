@@ -118,8 +118,9 @@ def partial_path(output: Path) -> Path:
 def open_draft(output: Path, *, fingerprint: str) -> Draft:
     """Return the draft of ``output``, keeping what a killed run of the same fingerprint left.
 
-    A draft of another fingerprint is discarded. Call it on rank 0 only; other ranks use
-    ``Draft(partial_path(output))`` after a barrier.
+    A draft of another fingerprint is discarded. One that was complete is unfinished again, because
+    its files may be rewritten: ``recover`` before, to keep it. Call it on rank 0 only; other ranks
+    use ``Draft(partial_path(output))`` after a barrier.
     """
     folder = partial_path(output)
     mark = folder / _FINGERPRINT
@@ -132,6 +133,7 @@ def open_draft(output: Path, *, fingerprint: str) -> Draft:
             mark.unlink(missing_ok=True)  # half deleted it must not look like one to continue
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     write_json(mark, {"fingerprint": fingerprint})
     return Draft(folder)
 
@@ -252,6 +254,19 @@ def writing(
     draft = open_draft(output, fingerprint=fingerprint)
     yield draft
     publish(draft, output, kind=kind, fingerprint=fingerprint, config=config, inputs=inputs)
+
+
+def finished(output: Path) -> Manifest | None:
+    """Return the manifest of what lies at a stage's output; None where nothing is finished."""
+    return read(output) if (output / MANIFEST).is_file() else None
+
+
+def is_being_placed(output: Path) -> bool:
+    """Say whether a finished artifact is on its way to ``output``, where none is at the moment."""
+    if (output / MANIFEST).is_file():
+        return False
+    spares = (partial_path(output), output.with_name(output.name + ".old"))
+    return any((spare / MANIFEST).is_file() for spare in spares)
 
 
 def read(path: Path, kind: str | None = None) -> Manifest:

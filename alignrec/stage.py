@@ -26,6 +26,7 @@ from alignrec.errors import StageFailure, UserError
 INPUT_KINDS = {"ablation": "embeddings"}
 # Name of the fact, and in a fingerprint, of the artifact that a stage went on from.
 EARLIER = "earlier"
+_RECOVERY_SECONDS = 60
 _STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -85,13 +86,23 @@ class Stage:
         function: Callable[[Any, Context], None] = _load(self.run)
         return function
 
-    def fingerprint(self, config: Any, inputs: Mapping[str, Path]) -> str:  # noqa: ANN401
+    def fingerprint(
+        self,
+        config: Any,  # noqa: ANN401 - the stage's own
+        inputs: Mapping[str, Path],
+        output: Path | None = None,
+    ) -> str:
         """Return what a finished artifact must carry to be reused.
 
         A configuration with ``source_identity() -> str`` adds the state of what it reads from
         outside of the artifacts, such as a raw catalogue. One with ``earlier() -> Manifest | None``
         adds the identity of the artifact that it goes on from. The stage may put its result in that
         one's place: then the result is what was asked for, and what it went on from counts.
+
+        Args:
+            config: the stage's configuration.
+            inputs: kind -> finished artifact folder.
+            output: where the stage writes; needed where a configuration goes on from an artifact.
         """
         identities = {name: artifacts.read(path).identity for name, path in inputs.items()}
         if isinstance(config, ReadsSources):
@@ -106,11 +117,12 @@ class Stage:
         earlier = config.earlier() if isinstance(config, GoesOn) else None
         if earlier is None:
             return made_from({})
-        before = earlier.facts.get(EARLIER)
-        finished = made_from({EARLIER: before["identity"]} if before else {})
-        return (
-            finished if finished == earlier.fingerprint else made_from({EARLIER: earlier.identity})
-        )
+        if output is not None and output.resolve() == config.goes_on_from.resolve():
+            before = earlier.facts.get(EARLIER)
+            finished = made_from({EARLIER: before["identity"]} if before else {})
+            if finished == earlier.fingerprint:
+                return finished
+        return made_from({EARLIER: earlier.identity})
 
 
 @typing.runtime_checkable
@@ -128,6 +140,11 @@ class GoesOn(Protocol):
 
     What was gone on from is kept in the result's facts, under ``EARLIER``, with its "identity".
     """
+
+    @property
+    def goes_on_from(self) -> Path | None:
+        """Return its folder; None where none is named."""
+        ...
 
     def earlier(self) -> Manifest | None:
         """Return its manifest; None where the work starts from nothing."""
@@ -192,24 +209,50 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
         for name, path in inputs.items():
             artifacts.read(path, INPUT_KINDS.get(name, name))
         output = options.output
-        artifacts.recover(output)
+        _recover(output)
         context = Context(
             inputs=inputs,
             output=output,
-            fingerprint=stage.fingerprint(config, inputs),
+            fingerprint=stage.fingerprint(config, inputs, output),
             log_dir=output.with_name(output.name + ".logs"),
         )
+        if isinstance(config, GoesOn) and config.goes_on_from is not None:
+            # Its result may lie where it would go on from, so that it cannot be made again.
+            manifest = artifacts.finished(output)
+            if manifest is not None and manifest.fingerprint == context.fingerprint:
+                if _is_first_rank():
+                    print(f"[{stage.name}] {output} is finished already", flush=True)
+                return
         with storage_failures(output):
             stage.load_run()(config, context)
 
     start = time.monotonic()
     outcome = attempt(work)
-    if options.json and os.environ.get("RANK", "0") == "0":
+    if options.json and _is_first_rank():
         seconds = time.monotonic() - start
         print(json.dumps(summary(outcome, options.output, seconds=seconds)), flush=True)
     if outcome.fault is not None:
         raise outcome.fault
     return outcome.exit_code
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _recover(output: Path) -> None:
+    """Finish what a killed run left: rank 0 renames, the others wait until it is in its place."""
+    if _is_first_rank():
+        artifacts.recover(output)
+        return
+    deadline = time.monotonic() + _RECOVERY_SECONDS
+    while (artifacts.partial_path(output) / artifacts.MANIFEST).exists():
+        if time.monotonic() > deadline:
+            raise StageFailure(
+                f"rank 0 did not move {artifacts.partial_path(output)} to its place within "
+                f"{_RECOVERY_SECONDS} s. Look at its output, and run the same command again."
+            )
+        time.sleep(0.1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,13 +48,18 @@ class Telemetry:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def rewind(self, step: int) -> None:
-        """Drop every row after ``step``; 0 starts the record afresh."""
+    def rewind(self, step: int, *, keep_start: bool = False) -> None:
+        """Drop every row after ``step``; 0 starts the record afresh.
+
+        Args:
+            step: the last one whose rows stay.
+            keep_start: rows of step 0, from before the first step, stay also where ``step`` is 0.
+        """
         if not self.enabled:
             return
         self._file.close()
         rows = read_history(self.path.parent)
-        kept = [row for row in rows if row["step"] <= step and step > 0]
+        kept = [row for row in rows if row["step"] <= step and (step > 0 or keep_start)]
         spare = self.path.with_suffix(".rewinding")
         spare.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         spare.replace(self.path)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignrec import artifacts
+from alignrec.artifacts import Manifest
 from alignrec.distributed.process_group import TIMEOUT_SECONDS
 from alignrec.errors import StageFailure, UserError
 from alignrec.stage import Context, Stage
@@ -49,6 +51,7 @@ def run_stage(
     variables = engine.rank_variables(part, os.environ, run=run)
     job = RankJob(stage, config, context, Path.cwd())
     start = _run_task if num_ranks == 1 else _run_train
+    before = artifacts.finished(context.output)
     with LogFollower(job.log(0), prefix=f"[{stage.name}]", show=show):
         for restart in range(cluster.max_restarts + 1):
             failures = start(job, num_ranks, part, variables)
@@ -56,9 +59,19 @@ def run_stage(
                 return
             _free_leftovers()
             error = verdict(job, failures)
+            if isinstance(error, RankDeath) and _has_published(context, before):
+                show(f"[{stage.name}] {error} Its result was complete.")
+                return
             if not isinstance(error, RankDeath) or restart == cluster.max_restarts:
                 raise error
             show(f"[{stage.name}] {error} Restart {restart + 1} of {cluster.max_restarts}.")
+
+
+def _has_published(context: Context, before: Manifest | None) -> bool:
+    """Say whether the ranks wrote their result, all of it, before one died."""
+    artifacts.recover(context.output)
+    made = artifacts.finished(context.output)
+    return made is not None and made != before and made.fingerprint == context.fingerprint
 
 
 class RankDeath(StageFailure):

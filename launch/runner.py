@@ -116,8 +116,8 @@ def _do(
     output = run_dir / step.name
     inputs = {name: run_dir / provider for name, provider in step.inputs.items()}
     artifacts.recover(output)
-    fingerprint = step.stage.fingerprint(step.config, inputs)  # may look at the output itself
-    manifest = _finished(output)
+    fingerprint = step.stage.fingerprint(step.config, inputs, output)
+    manifest = artifacts.finished(output)
     if (
         manifest is not None
         and manifest.fingerprint == fingerprint
@@ -164,15 +164,17 @@ def _check_earlier(recipe: Recipe, run_dir: Path, selection: Selection) -> None:
     for step in recipe.steps:
         if step.name == selection.first:
             return
+        output = run_dir / step.name
+        artifacts.recover(output)
         try:
-            manifest = artifacts.read(run_dir / step.name, step.stage.kind)
+            manifest = artifacts.read(output, step.stage.kind)
         except UserError as error:
             raise UserError(
                 f"--from {selection.first} needs the finished stage {step.name}, but {error} Run "
                 f"without --from, or with --from {step.name}."
             ) from error
         inputs = {name: run_dir / provider for name, provider in step.inputs.items()}
-        if manifest.fingerprint != step.stage.fingerprint(step.config, inputs):
+        if manifest.fingerprint != step.stage.fingerprint(step.config, inputs, output):
             raise UserError(
                 f"--from {selection.first}: stage {step.name} in {run_dir} was made from other "
                 f"settings or inputs than the recipe has now. Run without --from, or with --from "
@@ -193,10 +195,6 @@ def _once(
             show(f"engine: {done[0]}")
 
     return connect
-
-
-def _finished(output: Path) -> Manifest | None:
-    return artifacts.read(output) if (output / artifacts.MANIFEST).is_file() else None
 
 
 def _reason(output: Path, manifest: Manifest | None, fingerprint: str) -> str:

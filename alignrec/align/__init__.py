@@ -9,7 +9,7 @@ STAGE = Stage(
     kind="embeddings",
     config="alignrec.align.config:AlignConfig",
     run="alignrec.align.training:run",
-    version=2,  # 2: other negatives
+    version=3,  # 2: other negatives; 3: which rows were trained is kept
     inputs=("dataset", "features", "graph"),
     optional_inputs=(),
 )

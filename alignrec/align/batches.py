@@ -6,7 +6,6 @@ train on the same triples, and a resume needs no state but (epoch, step).
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -73,8 +72,8 @@ class TripleSchedule:
         Negatives are drawn for many steps at once: by the step, calls would cost more than work.
         """
         self._order.start(epoch, first_step)
-        waiting: list[list[int]] = []
-        for positions in self._order:
+        waiting: list[Tensor] = []
+        for positions in self._order.positions():
             waiting.append(positions)
             if sum(map(len, waiting)) >= _BLOCK_TRIPLES:
                 yield from self._triples(waiting, epoch)
@@ -82,9 +81,9 @@ class TripleSchedule:
         if waiting:
             yield from self._triples(waiting, epoch)
 
-    def _triples(self, steps: list[list[int]], epoch: int) -> Sequence[Triples]:
+    def _triples(self, steps: list[Tensor], epoch: int) -> Sequence[Triples]:
         """Return the triples of some steps."""
-        chosen = torch.tensor(list(itertools.chain(*steps)), dtype=torch.int64)
+        chosen = torch.cat(steps)
         user, item = self._user[chosen], self._item[chosen]
         negative = draw_negatives(
             user,

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from alignrec.data.schema import read_batches
+from alignrec.errors import UserError
 
 Table = Literal["item", "user"]
 TABLES: tuple[Table, ...] = ("item", "user")
@@ -28,13 +29,18 @@ def key_digest(dataset: Path, table: Table, *, num_rows: int) -> str:
         num_rows: rows that count; the table has at least as many.
 
     Raises:
-        UserError: the table is absent or damaged.
+        UserError: the table is absent or damaged, or a key is null.
     """
     lengths, letters = hashlib.sha256(), hashlib.sha256()  # two, so that blocks do not show
     left = num_rows
     path = dataset / f"{table}s.parquet"
     for batch in read_batches(path, batch_size=_BLOCK_ROWS, columns=[f"{table}_key"]):
-        keys = batch.column(0)[:left]
+        keys = batch.column(0)[:left].cast(pa.string())
+        if keys.null_count:
+            raise UserError(
+                f"{path} has rows without {table}_key, so nothing tells whose they are. Run "
+                f"data_prep again."
+            )
         left -= len(keys)
         lengths.update(np.asarray(pc.binary_length(keys), dtype="<i8").tobytes())
         letters.update(_letters(keys))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from alignrec import artifacts
 from alignrec.configuration import option
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 
 _NUM_NEIGHBORS = 10
 _CACHE_BYTES = 1 << 27
@@ -152,18 +152,29 @@ class AlignConfig:
             )
         self._check_start()
 
+    @property
+    def goes_on_from(self) -> Path | None:
+        """Folder of the earlier embeddings that are named."""
+        return self.initial.embeddings
+
     def earlier(self) -> artifacts.Manifest | None:
         """Return the manifest of the embeddings that training goes on from, if there are any.
 
         Raises:
             UserError: they are named, not optional, and not there, or of another kind.
+            StageFailure: they are being replaced by another run.
         """
-        initial = self.initial
-        if initial.embeddings is None:
+        folder = self.initial.embeddings
+        if folder is None:
             return None
-        if initial.optional and not (initial.embeddings / artifacts.MANIFEST).exists():
+        if artifacts.is_being_placed(folder):
+            raise StageFailure(
+                f"initial.embeddings={folder} is being replaced, so it cannot be read now. Run "
+                f"again when the run that writes it has ended; if that was killed, repeat it first."
+            )
+        if self.initial.optional and not (folder / artifacts.MANIFEST).exists():
             return None
-        return artifacts.read(initial.embeddings, "embeddings")
+        return artifacts.read(folder, "embeddings")
 
     def going_on(self) -> "AlignConfig":
         """Return the settings of a run that goes on from earlier embeddings."""

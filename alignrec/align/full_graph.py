@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from alignrec.align.cold import fill_cold
 from alignrec.align.config import AlignConfig
 from alignrec.align.content import Content, DriftingContent, FixedContent
 from alignrec.align.dense_adam import DenseAdam, below
-from alignrec.align.initial import Earlier, take_over
+from alignrec.align.initial import TRAINED, Earlier, take_over, trained_rows
 from alignrec.align.inputs import Inputs
 from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_rows
 from alignrec.align.objective import Representations, Terms, objective
@@ -112,7 +112,7 @@ class FullGraphTrainer:
         rank: Rank,
         *,
         earlier: Earlier | None = None,
-        beat: Beat = unwatched,
+        alive: Beat = unwatched,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -123,14 +123,20 @@ class FullGraphTrainer:
         self.model = _build_model(config, inputs, train, rank.device)
         if earlier is not None:
             self.model.go_on(earlier)
-        self._cold = _cold_items(config, train, rank.device)
+        degree = {
+            USER: torch.bincount(train.rows, minlength=train.num_rows),
+            ITEM: torch.bincount(train.columns, minlength=train.num_cols),
+        }
+        ids = {table: torch.arange(len(counts)) for table, counts in degree.items()}
+        self._trained = trained_rows(earlier, degree, ids)
+        self._cold = _cold_items(config, degree[ITEM], rank.device)
         self._adam = DenseAdam(self.model)
         self._validation = Validation(
             train,
             inputs.interactions("valid"),
             removed=inputs.removed_items(),
             block_users=config.evaluation_block,
-            beat=beat,
+            alive=alive,
         )
         self._best: dict[str, Tensor] = {}
 
@@ -194,14 +200,15 @@ class FullGraphTrainer:
         embeddings = {"user": user.cpu(), "item": item.cpu()}
         save_file(embeddings, draft.path / "embeddings.safetensors")
         parameters = {name: value.cpu() for name, value in self._best.items()}
+        parameters |= {f"{TRAINED}{table}": mask for table, mask in self._trained.items()}
         save_file(parameters, draft.path / "model.safetensors")
 
 
 def _cold_items(
-    config: AlignConfig, train: CSR, device: torch.device
+    config: AlignConfig, degree: Int64[Tensor, " num_items"], device: torch.device
 ) -> Bool[Tensor, " num_items"] | None:
     """Return which items take H_id from their similar items; None where none does."""
-    cold = torch.bincount(train.columns, minlength=train.num_cols) == 0
+    cold = degree == 0
     return cold.to(device) if config.cold_from_similar and cold.any() else None
 
 

@@ -1,15 +1,17 @@
 """Parameters to start from: those of an earlier artifact of the same catalogue (-> trainers).
 
 Rows are matched by number, since item_index and user_index stay from one version of a dataset to
-the next. New items start from the items that their content resembles, new users from their items.
+the next. New items start from the items that their content resembles, new users from their items;
+so do those that were numbered before, but had no training interaction yet.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -26,6 +28,8 @@ CATALOGUE = "catalogue"
 CONTENT = "content"
 MODEL = "model.safetensors"
 GATE = "gate."
+TRAINED = "trained."
+HELD_OUT = "held_out"
 _RANDOM_SPLITS = ("user_random",)
 
 # (edge type, rows of source nodes) -> weighted sums over the in-edges of destination nodes.
@@ -61,6 +65,11 @@ class Earlier:
             return None
         path = folder / MODEL
         shapes = _shapes(path)
+        if f"{TRAINED}{ITEM}" not in shapes:
+            raise UserError(
+                f"initial.embeddings={folder} does not tell which rows were trained, because an "
+                f"older version of the align stage wrote it. Train once without initial.embeddings."
+            )
         _refuse_other_models(folder, shapes, config)
         rows = {USER: shapes["user"][0], ITEM: shapes["item"][0]}
         present = {USER: inputs.num_users, ITEM: inputs.num_items}
@@ -102,8 +111,10 @@ class Earlier:
                 )
 
     def known(self, table: NodeType, ids: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
-        """Return which users or items have a row there."""
-        return ids < self.num_rows[table]
+        """Return which users or items have a row there that training interactions have reached."""
+        known = ids < self.num_rows[table]
+        mask = row_file.read(self.path, f"{TRAINED}{table}")[:, 0]
+        return known.masked_scatter(known, mask[ids[known]].bool())
 
     def rows(self, table: NodeType, ids: Int64[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Return the rows of users or items that are known; only these are read from disk."""
@@ -136,8 +147,8 @@ def take_over(
 ) -> None:
     """Fill the tables to start with; collective where ``pull`` is.
 
-    A new item gets the mean of the similar items that are known (without content: of its users), a
-    new user that of its items. Who has none of these keeps the row that was drawn.
+    An item that is not known gets the mean of the similar items that are (without content: of its
+    users), such a user that of its items. Who has none of these keeps the row that was drawn.
 
     Args:
         earlier: where known rows come from.
@@ -158,25 +169,71 @@ def take_over(
     _put(tables[USER], _mean(pull, REV_RATES, tables[ITEM], decided), ~known[USER])
 
 
+def trained_rows(
+    earlier: Earlier | None,
+    degree: Mapping[NodeType, Int64[Tensor, " rows"]],
+    ids: Mapping[NodeType, Int64[Tensor, " rows"]],
+) -> dict[NodeType, UInt8[Tensor, "rows 1"]]:
+    """Return which rows training interactions have reached, now or in an earlier run.
+
+    Args:
+        earlier: what this run went on from.
+        degree: training interactions of each of this rank's nodes.
+        ids: numbers of these nodes.
+    """
+    trained = {name: count > 0 for name, count in degree.items()}
+    if earlier is not None:
+        trained = {name: rows | earlier.known(name, ids[name]) for name, rows in trained.items()}
+    return {name: rows.to(torch.uint8).unsqueeze(1) for name, rows in trained.items()}
+
+
 def content_source(features: Path) -> str:
     """Return a digest of how features came about: where it is another, columns mean other things.
+
+    Nothing tells how imported files came about, so there it is the features themselves that count.
 
     Args:
         features: folder of the artifact.
     """
     manifest = artifacts.read(features, "features")
+    if manifest.config.get("files"):
+        return manifest.identity
     encoder = manifest.inputs.get("encoder", {}).get("identity")
-    return digest([encoder, *(manifest.config.get(name) for name in ("files", "extraction"))])
+    return digest([encoder, manifest.config.get("extraction")])
 
 
-def random_split(dataset: Path) -> bool:
-    """Say whether a dataset's held-out interactions may have been another version's training."""
-    split = artifacts.read(dataset, "dataset").config.get("split", {})
-    return split.get("strategy") in _RANDOM_SPLITS
+def held_out_settings(dataset: Path) -> dict[str, Any]:
+    """Return the settings that decide which interactions of a dataset are held out."""
+    config = artifacts.read(dataset, "dataset").config
+    duplicates = config.get("interactions", {}).get("duplicates")
+    return {"split": config.get("split", {}), "duplicates": duplicates}
+
+
+def leaks(earlier: Mapping[str, Any] | None, present: Mapping[str, Any]) -> list[str]:
+    """Return why the earlier embeddings may have been trained on what is held out now.
+
+    Args:
+        earlier: the ``held_out_settings`` of the dataset that they were trained on.
+        present: those of this run's dataset.
+    """
+    both = [settings for settings in (earlier, present) if settings is not None]
+    reasons = []
+    if any(settings["split"].get("strategy") in _RANDOM_SPLITS for settings in both):
+        reasons.append("a dataset was split at random (split by time)")
+    if earlier is None or earlier["split"] != present["split"]:
+        reasons.append("data_prep.split has changed (keep it)")
+    if any(settings["duplicates"] == "last" for settings in both):
+        reasons.append(
+            "a repeated interaction counts at its latest time, so it may move into what is held "
+            "out (set data_prep.interactions.duplicates: first)"
+        )
+    return reasons
 
 
 def _same_content(manifest: Manifest, shapes: Mapping[str, list[int]], inputs: Inputs) -> bool:
     """Say whether the gate of an earlier artifact can read the present features."""
+    if manifest.config.get("paper_compatible"):  # its gate reads the table that it trained
+        return False
     if manifest.facts.get(CONTENT) != content_source(inputs.features):
         return False
     dim = artifacts.read(inputs.features, "features").counts["dim"]

@@ -7,8 +7,9 @@ computed on the CPU, where the tables and the sampler's batches are.
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from alignrec.align.batches import Triples
 from alignrec.align.config import AlignConfig
 from alignrec.align.dense_adam import DenseAdam, below
 from alignrec.align.inference import Inference
-from alignrec.align.initial import Earlier, take_over
+from alignrec.align.initial import TRAINED, Earlier, take_over, trained_rows
 from alignrec.align.inputs import Inputs
 from alignrec.align.losses import gram_square, unit_rows
 from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_rows
@@ -58,6 +59,7 @@ class SampledTrainer:
         work: Path,
         earlier: Earlier | None = None,
         beat: Beat = unwatched,
+        alive: Beat = unwatched,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -96,8 +98,9 @@ class SampledTrainer:
         )
         if earlier is not None:
             self._go_on(earlier)
+        self._trained = trained_rows(earlier, self._graph.degree, self._graph.owned)
         self._validation = _owned_validation(
-            self._graph, inputs, rank, block_users=config.evaluation_block, beat=beat
+            self._graph, inputs, rank, block_users=config.evaluation_block, alive=alive
         )
         self._item_rows = work / "items.safetensors"
         self._best_gate: dict[str, Tensor] = {}
@@ -205,33 +208,43 @@ class SampledTrainer:
         self.gate.load_state_dict(self._best_gate)
         for t, table in self.tables.items():
             table.weight.copy_(self._best_rows[t])
-        self._write(draft.path / "embeddings.safetensors", self._represent(), {})
-        weights = (self.tables[USER].weight, self.tables[ITEM].weight)
+        final = dict(zip(_TABLES, self._represent(), strict=True))
+        self._write(draft.path / "embeddings.safetensors", final)
+        weights = {t: table.weight for t, table in self.tables.items()}
         gate = {f"gate.{name}": value for name, value in self._best_gate.items()}
-        self._write(draft.path / "model.safetensors", weights, gate)
+        path = draft.path / "model.safetensors"
+        self._write(path, weights, replicated=gate, masks=self._trained)
 
     def _write(
-        self, path: Path, tables: tuple[Tensor, Tensor], replicated: Mapping[str, Tensor]
+        self,
+        path: Path,
+        tables: Mapping[NodeType, Tensor],
+        *,
+        replicated: Mapping[str, Tensor] = MappingProxyType({}),
+        masks: Mapping[NodeType, Tensor] = MappingProxyType({}),
     ) -> None:
-        """Write this rank's rows of both tables, and on rank 0 what all ranks have."""
+        """Write this rank's rows of tables and masks, and on rank 0 what all ranks have."""
+        parts = [(t, t, table) for t, table in tables.items()]
+        marks = [(f"{TRAINED}{t}", t, mask) for t, mask in masks.items()]
         shapes: dict[str, tuple[int, ...]] = {
-            t: (self._graph.num_nodes[t], self._config.embedding_dim) for t in _TABLES
+            name: (self._graph.num_nodes[t], table.shape[1]) for name, t, table in parts
         }
         shapes |= {name: tuple(value.shape) for name, value in replicated.items()}
-        self._create(path, shapes)
-        for node_type, table in zip(_TABLES, tables, strict=True):
-            row_file.write_rows(
-                path, node_type, self._graph.owned[node_type], table, exchange=self._exchange
-            )
+        shapes |= {name: (self._graph.num_nodes[t], 1) for name, t, _ in marks}
+        self._create(path, shapes, masks=[name for name, _, _ in marks])
+        for name, t, table in parts + marks:
+            row_file.write_rows(path, name, self._graph.owned[t], table, exchange=self._exchange)
         if self._rank.is_first:
             for name, value in replicated.items():
                 row_file.write_whole(path, name, value)
         barrier(self._rank)
 
-    def _create(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _create(
+        self, path: Path, shapes: Mapping[str, tuple[int, ...]], *, masks: Collection[str] = ()
+    ) -> None:
         barrier(self._rank)  # nobody reads the previous one any more
         if self._rank.is_first:
-            row_file.create(path, shapes)
+            row_file.create(path, shapes, masks=masks)
         barrier(self._rank)
 
     def _represent(self) -> tuple[Tensor, Tensor]:
@@ -380,7 +393,7 @@ def _make_table(
 
 
 def _owned_validation(
-    graph: PartitionedGraph, inputs: Inputs, rank: Rank, *, block_users: int, beat: Beat
+    graph: PartitionedGraph, inputs: Inputs, rank: Rank, *, block_users: int, alive: Beat
 ) -> Validation:
     """Return the validation of this rank's users."""
     lists = graph.neighbors[REV_RATES]
@@ -391,4 +404,4 @@ def _owned_validation(
     rows = graph.local_rows(USER, users[mine])
     held_out = CSR.from_pairs(rows, items[mine], train.num_rows, inputs.num_items)
     removed = inputs.removed_items()
-    return Validation(train, held_out, removed=removed, block_users=block_users, beat=beat)
+    return Validation(train, held_out, removed=removed, block_users=block_users, alive=alive)

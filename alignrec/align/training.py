@@ -11,10 +11,18 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from alignrec import artifacts, checkpoint
-from alignrec.align import catalogue
-from alignrec.align.config import AlignConfig
+from alignrec.align import ABLATION, STAGE, catalogue
+from alignrec.align.config import AblationConfig, AlignConfig
 from alignrec.align.full_graph import FullGraphTrainer
-from alignrec.align.initial import CATALOGUE, CONTENT, Earlier, content_source, random_split
+from alignrec.align.initial import (
+    CATALOGUE,
+    CONTENT,
+    HELD_OUT,
+    Earlier,
+    content_source,
+    held_out_settings,
+    leaks,
+)
 from alignrec.align.inputs import Inputs
 from alignrec.align.sampled import SampledTrainer
 from alignrec.align.schedule import Selection, learning_rate
@@ -24,7 +32,7 @@ from alignrec.checkpoint import Checkpoint
 from alignrec.configuration import to_mapping
 from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.distributed.watchdog import Beat, Watchdog
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 from alignrec.stage import EARLIER, Context
 from alignrec.telemetry import HISTORY, Telemetry
 
@@ -107,6 +115,7 @@ def run(config: AlignConfig, context: Context) -> None:
         _check_ranks(config, rank)
         inputs = Inputs.open(context.inputs)
         earlier = Earlier.open(config, inputs)
+        _check_unchanged(config, context)
         if rank.is_first:
             if earlier is not None:
                 _check_earlier(earlier, inputs, context)
@@ -121,7 +130,7 @@ def run(config: AlignConfig, context: Context) -> None:
         ):
             _announce(earlier, inputs, telemetry)
             actual, work = config.going_on() if earlier else config, draft.work
-            trainer = _make_trainer(actual, inputs, rank, work, earlier, watchdog.beat)
+            trainer = _make_trainer(actual, inputs, rank, work, earlier, watchdog)
             checkpoints, goes_on = work / _CHECKPOINTS, earlier is not None
             position = _fit(actual, trainer, checkpoints, telemetry, watchdog.beat, goes_on=goes_on)
             trainer.write_best(draft)
@@ -153,6 +162,18 @@ def _check_ranks(config: AlignConfig, rank: Rank) -> None:
         )
 
 
+def _check_unchanged(config: AlignConfig, context: Context) -> None:
+    """Refuse to go on from something else than what the fingerprint counts, on every rank."""
+    if config.goes_on_from is None:
+        return
+    stage = ABLATION if isinstance(config, AblationConfig) else STAGE
+    if stage.fingerprint(config, context.inputs, context.output) != context.fingerprint:
+        raise StageFailure(
+            f"initial.embeddings={config.goes_on_from} or an input was replaced since this run was "
+            f"started, so it would go on from something else. Run the same command again."
+        )
+
+
 def _check_earlier(earlier: Earlier, inputs: Inputs, context: Context) -> None:
     """Check what rank 0 alone looks at, before the first checkpoint is written."""
     if earlier.manifest.fingerprint == context.fingerprint:
@@ -168,10 +189,11 @@ def _announce(earlier: Earlier | None, inputs: Inputs, telemetry: Telemetry) -> 
     if earlier is None:
         return
     telemetry.say(earlier.describe(inputs))
-    if random_split(inputs.dataset):
+    found = leaks(earlier.manifest.facts.get(HELD_OUT), held_out_settings(inputs.dataset))
+    if found:
         telemetry.say(
-            "the dataset is split at random: the earlier embeddings may have been trained on what "
-            "is held out now, so metrics may be too good. Split by time to judge them."
+            f"warning: the earlier embeddings may have been trained on what is held out now, so "
+            f"metrics may be too good: {'; '.join(found)}"
         )
 
 
@@ -181,11 +203,14 @@ def _make_trainer(
     rank: Rank,
     work: Path,
     earlier: Earlier | None,
-    beat: Beat,
+    watchdog: Watchdog,
 ) -> Trainer:
+    alive = watchdog.alive
     if config.mode == "full":
-        return FullGraphTrainer(config, inputs, rank, earlier=earlier, beat=beat)
-    return SampledTrainer(config, inputs, rank, work=work, earlier=earlier, beat=beat)
+        return FullGraphTrainer(config, inputs, rank, earlier=earlier, alive=alive)
+    return SampledTrainer(
+        config, inputs, rank, work=work, earlier=earlier, beat=watchdog.beat, alive=alive
+    )
 
 
 def _fit(
@@ -229,7 +254,7 @@ def _resume(trainer: Trainer, checkpoints: Path, telemetry: Telemetry) -> Positi
         return Position()
     position = Position.from_state(trainer.restore(saved))
     # The row of a finished epoch is written after its last step, and again after this resume.
-    telemetry.rewind(position.epoch * trainer.num_steps)
+    telemetry.rewind(position.epoch * trainer.num_steps, keep_start=True)
     telemetry.say(f"resuming at epoch {position.epoch}, step {position.step}")
     return position
 
@@ -303,6 +328,7 @@ def _describe(
             inputs.dataset, {"user": inputs.num_users, "item": inputs.num_items}
         ),
         CONTENT: content_source(inputs.features),
+        HELD_OUT: held_out_settings(inputs.dataset),
     }
     if earlier is not None:
         draft.facts[EARLIER] = earlier.facts(inputs)

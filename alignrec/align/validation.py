@@ -12,7 +12,7 @@ from alignrec.errors import UserError
 from alignrec.evaluation import metrics
 from alignrec.evaluation.ranking import rank_all
 
-_BLOCKS_PER_BEAT = 8
+_BLOCKS_AT_ONCE = 8
 SELECTION_K = 20
 SELECTION_METRIC = f"recall@{SELECTION_K}"
 _METRICS: dict[str, Callable[..., Tensor]] = {
@@ -29,7 +29,7 @@ class Validation:
         valid: their validation items.
         removed: items that the present catalogue does not have; nobody's candidates.
         block_users: users ranked at once.
-        beat: called after some blocks.
+        alive: called after some blocks, so unequally often on ranks with unequally many users.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Validation:
         *,
         removed: Int64[Tensor, " num_removed"],
         block_users: int,
-        beat: Beat = unwatched,
+        alive: Beat = unwatched,
     ) -> None:
         self._users = metrics.evaluation_users(train, valid)
         self._seen = train
         self._removed = removed
         self._held_out = valid.select(self._users)
         self._block_users = block_users
-        self._beat = beat
+        self._alive = alive
 
     def totals(
         self, user: Float[Tensor, "num_rows d"], item: Float[Tensor, "num_items d"]
@@ -59,7 +59,7 @@ class Validation:
         count = len(self._users)
         if count == 0:
             return torch.zeros(1 + len(_METRICS), dtype=torch.float64)
-        parts = torch.split(self._users, _BLOCKS_PER_BEAT * self._block_users)
+        parts = torch.split(self._users, _BLOCKS_AT_ONCE * self._block_users)
         topk = torch.cat([self._rank(user, item, users) for users in parts])
         means = [metric(topk, self._held_out, k=SELECTION_K) for metric in _METRICS.values()]
         return torch.stack([torch.ones((), dtype=torch.float64), *means]) * count
@@ -75,7 +75,7 @@ class Validation:
             k=SELECTION_K,
             block_users=self._block_users,
         )
-        self._beat()
+        self._alive()
         return best
 
 

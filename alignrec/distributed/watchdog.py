@@ -17,7 +17,7 @@ from typing import Self
 
 from alignrec.distributed.process_group import Rank
 
-# What a part of a long stage calls when it has got on: Watchdog.beat.
+# What a part of a long stage calls when it has got on: Watchdog.beat or Watchdog.alive.
 Beat = Callable[[], None]
 
 _GRACE_SECONDS = 2.0  # for the stacks of the peers, which stopped a moment earlier or later
@@ -48,6 +48,7 @@ class Watchdog:
         self._doing = doing
         self._folder = log_dir
         self._beats = 0
+        self._lock = threading.Lock()  # batches are made, and beat, in a thread
         self._last = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -66,17 +67,23 @@ class Watchdog:
             self._thread.join()
 
     def beat(self) -> None:
-        """Tell that this rank has got on; cheap enough for every part of a step."""
-        self._beats += 1
+        """Tell that this rank has got on, as often as every other; cheap enough for any place."""
+        with self._lock:
+            self._beats += 1
+        self.alive()
+
+    def alive(self) -> None:
+        """Tell that this rank has got on where ranks do so unequally often: it does not count."""
         self._last = time.monotonic()
 
     def _watch(self) -> None:
         assert self._seconds is not None
-        shown = 0  # beats at the last dump: one dump a standstill
+        shown = 0.0  # when the standstill of the last dump began: one dump each
         while not self._over.wait(min(1.0, self._seconds / 4)):
-            silent = time.monotonic() - self._last
-            if silent >= self._seconds and shown != self._beats:
-                shown = self._beats
+            last = self._last
+            silent = time.monotonic() - last
+            if silent >= self._seconds and shown != last:
+                shown = last
                 self._report(silent)
 
     def _report(self, silent: float) -> None:

@@ -186,10 +186,15 @@ class TripleOrder:
         return self._num_steps - self._first_step
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Yield the positions of each step's interactions, as PyG's loaders want them."""
+        for positions in self.positions():
+            yield positions.tolist()
+
+    def positions(self) -> Iterator[Int64[Tensor, " m"]]:
         """Yield the positions of each step's interactions in the rank's list."""
         ends = [0, *self._ends.tolist()]
         for step in range(self._first_step, self._num_steps):
-            yield self._edges[ends[step] : ends[step + 1]].tolist()
+            yield self._edges[ends[step] : ends[step + 1]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,7 +139,12 @@ def test_training_stops_when_validation_does_not_improve(
 
 def test_the_ablation_trains_without_content(folders: dict[str, Path], tmp_path: Path) -> None:
     run_stage(ABLATION, folders, tmp_path / "ablation", SETTINGS)
-    assert set(load_file(tmp_path / "ablation" / "model.safetensors")) == {"user", "item"}
+    assert set(load_file(tmp_path / "ablation" / "model.safetensors")) == {
+        "user",
+        "item",
+        "trained.user",
+        "trained.item",
+    }
     assert "loss/cca" not in read_history(tmp_path / "ablation")[0]
 
 
@@ -181,6 +186,8 @@ def test_sampled_on_two_ranks_writes_the_same_artifact(
         "gate.project.bias",
         "gate.gate.weight",
         "gate.gate.bias",
+        "trained.user",
+        "trained.item",
     }
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from alignrec import artifacts
 from alignrec.align import STAGE
 from alignrec.data import schema
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 from alignrec.stage import EARLIER, Context
 from alignrec.telemetry import read_history
 from alignrec.testing.datasets import write_dataset
@@ -81,7 +81,7 @@ def run_stage(folders: Folders, output: Path, settings: dict[str, Any]) -> None:
     context = Context(
         inputs=folders,
         output=output,
-        fingerprint=STAGE.fingerprint(config, folders),
+        fingerprint=STAGE.fingerprint(config, folders, output),
         log_dir=output.with_name(output.name + ".logs"),
     )
     STAGE.load_run()(config, context)
@@ -93,6 +93,12 @@ def going_on(source: Path, **settings: Any) -> dict[str, Any]:
 
 def course(output: Path) -> list[float]:
     return [row["valid/recall@20"] for row in read_history(output)]
+
+
+def told(output: Path) -> list[dict[str, Any]]:
+    """Return the history without what depends on the clock."""
+    timed = ("time", "triples_per_second")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_history(output)]
 
 
 def test_the_second_day_begins_near_where_the_first_ended(
@@ -142,8 +148,12 @@ def test_both_modes_start_with_the_same_rows_on_any_number_of_ranks(
             assert found.keys() == wanted.keys()
             for key, value in wanted.items():
                 torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
-    for key, value in load_file(tmp_path / "full" / "model.safetensors").items():
-        assert torch.equal(value[: len(before[key])], before[key])
+    after = load_file(tmp_path / "full" / "model.safetensors")
+    for key in ("user", "item"):
+        trained = before[f"trained.{key}"][:, 0].bool()
+        assert torch.equal(after[key][: len(trained)][trained], before[key][trained])
+        assert after[f"trained.{key}"][: len(trained)][trained].all()  # today's or not
+    assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("gate."))
 
 
 def test_a_chain_in_one_folder_is_reused_and_goes_on_when_the_dataset_grows(
@@ -157,12 +167,12 @@ def test_a_chain_in_one_folder_is_reused_and_goes_on_when_the_dataset_grows(
     for day in ("first", "second"):
         run_stage(days[day], output, settings)
         manifest = artifacts.read(output)
-        assert manifest.fingerprint == STAGE.fingerprint(config, days[day])
+        assert manifest.fingerprint == STAGE.fingerprint(config, days[day], output)
         identities.append(manifest.identity)
     assert artifacts.read(output).facts[EARLIER]["identity"] == identities[0]
     # Other settings go on from what is there.
     other = STAGE.load_config({**settings, "uia_weight": 0.2})
-    assert STAGE.fingerprint(other, days["second"]) != artifacts.read(output).fingerprint
+    assert STAGE.fingerprint(other, days["second"], output) != artifacts.read(output).fingerprint
     with pytest.raises(UserError, match="what it went on from is gone"):
         run_stage(days["second"], output, settings)
     assert artifacts.read(output).identity == identities[1]
@@ -171,7 +181,7 @@ def test_a_chain_in_one_folder_is_reused_and_goes_on_when_the_dataset_grows(
 def test_a_killed_run_goes_on_to_the_same_bits(
     days: dict[str, Folders], yesterday: Path, tmp_path: Path
 ) -> None:
-    settings = going_on(yesterday, checkpoint_steps=2)
+    settings = going_on(yesterday, checkpoint_steps=1)  # killed in its first epoch
     run_stage(days["second"], tmp_path / "whole", settings)
     words = [part for kind, path in days["second"].items() for part in (f"--{kind}", str(path))]
     words += [
@@ -195,6 +205,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     for name in ("embeddings.safetensors", "model.safetensors"):
         same = [(tmp_path / run / name).read_bytes() for run in ("whole", "killed")]
         assert same[0] == same[1]
+    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert [row["epoch"] for row in told(tmp_path / "killed")] == [-1, 0, 1, 2]
 
 
 def test_features_of_another_kind_draw_the_gate_anew(
@@ -204,6 +216,32 @@ def test_features_of_another_kind_draw_the_gate_anew(
     wider = with_graph(tmp_path / "graph", days["second"]["dataset"], features)
     run_stage(wider, tmp_path / "align", going_on(yesterday, epochs=1))
     assert artifacts.read(tmp_path / "align").facts[EARLIER]["gate"] == "drawn anew"
+
+
+def test_the_gate_of_a_drifting_table_is_drawn_anew(
+    days: dict[str, Folders], tmp_path: Path
+) -> None:
+    short = {**SETTINGS, "epochs": 1}
+    run_stage(days["first"], tmp_path / "paper", {**short, "paper_compatible": True})
+    run_stage(days["second"], tmp_path / "align", going_on(tmp_path / "paper", epochs=1))
+    assert artifacts.read(tmp_path / "align").facts[EARLIER]["gate"] == "drawn anew"
+
+
+def test_a_start_that_was_replaced_meanwhile_is_refused(
+    days: dict[str, Folders], yesterday: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    settings = going_on(start)
+    settings["initial"]["optional"] = True
+    config = STAGE.load_config(settings)
+    shutil.copytree(yesterday, start)
+    output = tmp_path / "align"
+    mark = STAGE.fingerprint(config, days["second"], output)
+    shutil.rmtree(start)  # optional: it would start from nothing under this fingerprint
+    context = Context(days["second"], output, mark, tmp_path / "logs")
+    with pytest.raises(StageFailure, match="was replaced since this run was started"):
+        STAGE.load_run()(config, context)
+    assert not artifacts.partial_path(output).exists()
 
 
 def test_embeddings_of_another_catalogue_are_refused(

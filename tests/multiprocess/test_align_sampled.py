@@ -93,6 +93,27 @@ def train_one(folders: dict[str, Path], root: Path, job: Job, rank: Rank) -> Any
     return losses, metrics
 
 
+def test_users_to_rank_change_no_count_that_ranks_compare(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    counts = []
+    for block in (1, 1000):
+        config = dataclasses.replace(SAMPLED, evaluation_block=block)
+        beats, signs = list[int](), list[int]()
+        trainer = SampledTrainer(
+            config,
+            Inputs.open(folders),
+            Rank(),
+            work=tmp_path,
+            beat=lambda kept=beats: kept.append(1),
+            alive=lambda kept=signs: kept.append(1),
+        )
+        trainer.evaluate()
+        counts.append((len(beats), len(signs)))
+    assert counts[0][0] == counts[1][0]
+    assert counts[0][1] > counts[1][1] > 0
+
+
 @pytest.fixture(scope="module")
 def runs(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory

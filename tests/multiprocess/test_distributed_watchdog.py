@@ -73,3 +73,19 @@ def test_one_standstill_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixtur
     told = capfd.readouterr().err
     assert told.count("has made no progress") == 1
     assert "no rank is behind the others" in told
+
+
+def test_who_tells_more_often_that_it_is_alive_is_not_ahead(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ranks = [Watchdog(Rank(index, 2), tmp_path, seconds=0.3, doing="testing") for index in range(2)]
+    with ranks[0], ranks[1]:
+        for _ in range(5):
+            Event().wait(0.1)
+            for rank in ranks:
+                rank.alive()
+            ranks[0].alive()
+        assert list(tmp_path.iterdir()) == []
+        Event().wait(3.5)  # both stand still, and the grace has passed
+    told = capfd.readouterr().err
+    assert told.count("no rank is behind the others") == 2

@@ -1,20 +1,21 @@
 """Warm start and cold items: what rows start from, and whose catalogue they belong to."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignrec import artifacts
 from alignrec.align import STAGE, catalogue
 from alignrec.align.cold import fill_cold
-from alignrec.align.initial import Earlier, take_over
-from alignrec.errors import UserError
-from alignrec.graph.schema import ITEM, RATES, REV_RATES, SIMILAR, USER, EdgeType
+from alignrec.align.initial import TRAINED, Earlier, content_source, leaks, take_over, trained_rows
+from alignrec.errors import StageFailure, UserError
+from alignrec.graph.schema import ITEM, RATES, REV_RATES, SIMILAR, USER, EdgeType, NodeType
 
 NUM_USERS, NUM_ITEMS, DIM = 5, 6, 3
 KNOWN = {USER: 3, ITEM: 4}
@@ -31,7 +32,8 @@ def earlier(tmp_path: Path) -> Earlier:
     path = tmp_path / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
     rows = {name: torch.randn(n, DIM, generator=generator) for name, n in KNOWN.items()}
-    save_file(rows, path)
+    masks = {f"{TRAINED}{n}": torch.ones(k, 1, dtype=torch.uint8) for n, k in KNOWN.items()}
+    save_file(rows | masks, path)
     manifest = artifacts.Manifest("embeddings", "", "", {}, {}, {}, {}, {}, {}, "")
     return Earlier(path, manifest, KNOWN, None)
 
@@ -74,6 +76,77 @@ def test_who_has_no_neighbours_keeps_the_row_that_was_drawn(earlier: Earlier) ->
     assert torch.equal(tables[ITEM][5], torch.full((DIM,), 9.0))
 
 
+def without_training(earlier: Earlier, table: NodeType, index: int) -> Earlier:
+    """Return the same with a row that no training interaction had reached."""
+    content = load_file(earlier.path)
+    content[f"{TRAINED}{table}"][index] = 0
+    save_file(content, earlier.path)
+    return earlier
+
+
+def test_who_had_no_training_interaction_yet_starts_like_a_new_one(earlier: Earlier) -> None:
+    rows = load_file(earlier.path)
+    without_training(without_training(earlier, ITEM, 2), USER, 0)
+    tables = started(earlier, content=True)
+    torch.testing.assert_close(tables[ITEM][2], rows[ITEM][3])  # its only similar item
+    torch.testing.assert_close(tables[USER][0], (rows[ITEM][0] + rows[ITEM][1]) / 2)
+
+
+def test_rows_without_training_are_in_no_mean(earlier: Earlier) -> None:
+    rows = load_file(earlier.path)
+    without_training(earlier, ITEM, 1)
+    assert torch.equal(started(earlier, content=True)[ITEM][4], rows[ITEM][3])
+
+
+def test_a_row_stays_trained_in_a_chain(earlier: Earlier) -> None:
+    without_training(without_training(earlier, USER, 1), USER, 2)
+    degree, ids = {USER: torch.tensor([0, 0, 4, 0, 2])}, {USER: torch.arange(5)}
+    assert trained_rows(None, degree, ids)[USER].ravel().tolist() == [0, 0, 1, 0, 1]
+    assert trained_rows(earlier, degree, ids)[USER].ravel().tolist() == [1, 0, 1, 0, 1]
+
+
+def test_what_may_leak_is_told() -> None:
+    first = {"split": {"strategy": "global_time", "held_out": 0.1}, "duplicates": "first"}
+    assert leaks(first, first) == []
+    last = {**first, "duplicates": "last"}
+    at_random = {**first, "split": {"strategy": "user_random"}}
+    other = {**first, "split": {"strategy": "global_time", "held_out": 0.2}}
+    assert [len(leaks(*pair)) for pair in ((last, last), (first, last), (last, first))] == [1, 1, 1]
+    assert "duplicates: first" in leaks(last, first)[0]
+    assert "at random" in leaks(at_random, at_random)[0]
+    assert len(leaks(at_random, first)) == 2
+    assert "has changed" in leaks(other, first)[0]
+    assert "has changed" in leaks(None, first)[0]
+
+
+def test_imported_features_mean_the_same_only_where_they_are_the_same(tmp_path: Path) -> None:
+    def source(name: str, rows: str, config: dict[str, object]) -> str:
+        with artifacts.writing(
+            tmp_path / name, kind="features", fingerprint="", config=config, inputs={}
+        ) as draft:
+            (draft.path / "features.npy").write_text(rows)
+        return content_source(tmp_path / name)
+
+    files = {"files": [{"path": "f.npy", "modality": "image"}]}
+    assert source("a", "1", files) == source("b", "1", files)
+    assert source("a", "1", files) != source("b", "2", files)
+    extracted = {"files": [], "extraction": {"pooling": "cls"}}
+    assert source("a", "1", extracted) == source("b", "2", extracted)
+
+
+def test_embeddings_that_are_being_replaced_are_not_taken_for_absent(tmp_path: Path) -> None:
+    folder = tmp_path / "align"
+    config = STAGE.load_config({"initial": {"embeddings": str(folder), "optional": True}})
+    assert config.earlier() is None
+    for spare in ("align.old", "align.partial"):
+        (tmp_path / spare).mkdir()
+        assert config.earlier() is None
+        (tmp_path / spare / artifacts.MANIFEST).write_text("{}")
+        with pytest.raises(StageFailure, match="is being replaced"):
+            config.earlier()
+        shutil.rmtree(tmp_path / spare)
+
+
 def test_a_cold_item_has_the_mean_direction_and_length_of_its_similar_warm_items() -> None:
     h_id = torch.tensor([[1.0, 0], [0, 4], [5, 5], [6, 6]])
     similar = torch.tensor([[0.0, 1, 0, 1], [1, 0, 0, 0], [3, 1, 0, 9], [0, 0, 1, 0]])
@@ -106,6 +179,17 @@ def test_the_digest_of_the_first_keys_depends_on_these_keys_and_their_borders_al
     assert catalogue.digests(small, counts) != catalogue.digests(moved, counts)
     whole = catalogue.key_digest(grown, "item", num_rows=9)
     assert whole != catalogue.key_digest(grown, "item", num_rows=8)
+
+
+def test_keys_count_whatever_their_type_and_none_may_lack(tmp_path: Path) -> None:
+    whole = write_keys(tmp_path / "whole", ["a", "b"], 2)
+    large = pa.table({"item_key": pa.array(["a", "b"], pa.large_string())})
+    pq.write_table(large, tmp_path / "items.parquet")
+    digests = [catalogue.key_digest(folder, "item", num_rows=2) for folder in (whole, tmp_path)]
+    assert digests[0] == digests[1]
+    pq.write_table(pa.table({"item_key": ["a", None]}), tmp_path / "items.parquet")
+    with pytest.raises(UserError, match="rows without item_key"):
+        catalogue.key_digest(tmp_path, "item", num_rows=2)
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,14 @@ def test_rows_in_any_order_make_one_safetensors_file(
 ) -> None:
     path = tmp_path / "tables.safetensors"
     monkeypatch.setattr(row_file, "_RANGE_BYTES", 16)  # two rows at once
-    row_file.create(path, {"user": (5, 2), "bias": (2,), "one": (2, 2), "none": (0, 2)})
+    shapes = {"user": (5, 2), "bias": (2,), "one": (2, 2), "none": (0, 2), "mask": (5, 1)}
+    row_file.create(path, shapes, masks=["mask"])
     index = torch.tensor([2, 0, 4, 3, 1])
     rows = torch.tensor([[5.0, 6], [1, 2], [9, 10], [7, 8], [3, 4]])
     row_file.write_rows(path, "user", index, rows, exchange=Exchange(Rank()))
     row_file.write_rows(path, "none", index[:0], rows[:0], exchange=Exchange(Rank()))
+    mask = torch.tensor([[1], [0], [0], [1], [0]], dtype=torch.uint8)
+    row_file.write_rows(path, "mask", index, mask, exchange=Exchange(Rank()))
     row_file.write_whole(path, "bias", torch.tensor([7.0, 8]))
     row_file.write_whole(path, "one", torch.tensor([[1.0, 2], [3, 4]]).T)
     found = load_file(path)
@@ -125,6 +128,9 @@ def test_rows_in_any_order_make_one_safetensors_file(
     assert found["bias"].tolist() == [7, 8]
     assert found["one"].tolist() == [[1, 3], [2, 4]]
     assert found["none"].shape == (0, 2)
+    assert found["mask"].dtype == torch.uint8
+    assert found["mask"].ravel().tolist() == [0, 0, 1, 1, 0]
+    assert torch.equal(row_file.read(path, "mask"), found["mask"])
     assert row_file.read(path, "user").tolist() == found["user"].tolist()
 
 

@@ -209,3 +209,16 @@ def test_a_link_replaces_a_link_a_folder_or_nothing(tmp_path: Path) -> None:
     make(link, "a folder again")  # the artifact behind the link stays
     assert (tmp_path / "two" / "data.txt").read_text() == "2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "one", "two"]
+
+
+def test_a_complete_draft_that_is_opened_again_is_unfinished(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    draft = artifacts.open_draft(output, fingerprint="f")
+    (draft.path / "data.txt").write_text("whole")
+    artifacts.complete(draft, kind="features", fingerprint="f", config={}, inputs={})
+    assert artifacts.is_being_placed(output)
+    again = artifacts.open_draft(output, fingerprint="f")
+    (again.path / "data.txt").write_text("ha")  # killed while it writes
+    artifacts.recover(output)
+    assert artifacts.finished(output) is None
+    assert not artifacts.is_being_placed(output)

@@ -1,14 +1,16 @@
 """What ranks reserve, which failure is told, lines of a growing log, manifests."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from alignrec import artifacts
 from alignrec.errors import StageFailure, UserError
 from alignrec.stage import Context, Stage
-from cluster import kubernetes
+from cluster import kubernetes, worker_group
 from cluster.config import ClusterConfig
 from cluster.engine import Host, Share, rank_variables, share
 from cluster.log_follower import LogFollower
@@ -129,3 +131,49 @@ def test_the_manifest_has_a_worker_for_every_rank() -> None:
     container = workers["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_rank_that_dies_after_its_result_is_complete_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: bool
+) -> None:
+    from ray.exceptions import WorkerCrashedError
+
+    what = dataclasses.replace(
+        job(tmp_path), context=Context({}, tmp_path / "align", "f", tmp_path)
+    )
+    context, starts, shown = what.context, list[int](), list[str]()
+
+    def publish(text: str) -> None:
+        draft = artifacts.open_draft(context.output, fingerprint="f")
+        (draft.path / "data").write_text(text)
+        # Killed before the draft is renamed.
+        artifacts.complete(draft, kind="embeddings", fingerprint="f", config={}, inputs={})
+
+    def start(*_: object) -> dict[int, Exception]:
+        starts.append(1)
+        if published:
+            publish("result")
+        return {0: WorkerCrashedError()}
+
+    publish("asked for again")  # an equal fingerprint alone does not say that it is done
+    artifacts.recover(context.output)
+    for name in ("hosts", "share", "rank_variables"):
+        monkeypatch.setattr(worker_group.engine, name, lambda *_, **__: None)
+    monkeypatch.setattr(worker_group, "_free_leftovers", lambda: None)
+    monkeypatch.setattr(worker_group, "_run_task", start)
+
+    def run() -> None:
+        cluster = ClusterConfig(max_restarts=1)
+        worker_group.run_stage(
+            what.stage, None, context, num_ranks=1, cluster=cluster, run="r", show=shown.append
+        )
+
+    if published:
+        run()
+        assert (context.output / "data").read_text() == "result"
+        assert "Its result was complete" in shown[0]
+    else:
+        with pytest.raises(RankDeath):
+            run()
+    assert len(starts) == (1 if published else 2)

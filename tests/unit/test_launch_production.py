@@ -42,6 +42,7 @@ def test_it_is_checked_as_a_whole(production: Recipe) -> None:
     assert data_prep.versions.root == "/shared/datasets/shop"
     assert data_prep.images.allowed_hosts == ("images.example.com",)
     assert data_prep.split.strategy == "global_time"
+    assert data_prep.interactions.duplicates == "first"  # a chain trains on no held-out pair
     assert align.mode == "sampled"
     assert str(align.initial.embeddings) == "/shared/runs/weekly/align"
     assert align.initial.optional  # the first run starts from nothing

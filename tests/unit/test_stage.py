@@ -113,3 +113,74 @@ def test_the_fingerprint_follows_settings_and_inputs(tmp_path: Path, dataset: Pa
     assert first != dataclasses.replace(SAMPLE, version=2).fingerprint(
         Config(), {"dataset": dataset}
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class GoingOn:
+    start: Path = option(Path(), "artifact to go on from", affects_result=False)
+
+    @property
+    def goes_on_from(self) -> Path:
+        return self.start
+
+    def earlier(self) -> artifacts.Manifest | None:
+        return artifacts.finished(self.start)
+
+
+def go_on(config: GoingOn, context: Context) -> None:
+    earlier = config.earlier()
+    with artifacts.writing(
+        context.output, kind="graph", fingerprint=context.fingerprint, config={}, inputs={}
+    ) as draft:
+        (draft.path / "a").write_text("again" if earlier else "first")
+        if earlier:
+            draft.facts[stage.EARLIER] = {"identity": earlier.identity}
+
+
+CHAIN = Stage("chain", "graph", f"{__name__}:GoingOn", f"{__name__}:go_on")
+
+
+def test_a_result_in_the_place_of_what_it_went_on_from_is_found_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    (tmp_path / "link").symlink_to(tmp_path)
+    words = ["--output", str(output), "--set", f"chain.start={tmp_path / 'link' / 'out'}"]
+    for said in ("", "finished already"):
+        assert stage.main(CHAIN, words) == 0
+        assert said in capsys.readouterr().out
+        assert (output / "a").read_text() == "first"
+
+
+def test_a_run_elsewhere_goes_on_from_a_result_of_the_same_settings(tmp_path: Path) -> None:
+    start, output = tmp_path / "a", tmp_path / "b"
+    for folder in (start, output):
+        assert stage.main(CHAIN, ["--output", str(folder), "--set", f"chain.start={start}"]) == 0
+    assert (output / "a").read_text() == "again"
+    config = GoingOn(start)
+    finished = artifacts.read(output).fingerprint
+    assert finished == CHAIN.fingerprint(config, {}, output)
+    assert finished != CHAIN.fingerprint(config, {}, start) == artifacts.read(start).fingerprint
+
+
+def test_only_rank_0_moves_what_a_killed_run_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    words = ["--output", str(output), "--set", f"chain.start={output}"]
+    draft = artifacts.open_draft(output, fingerprint=CHAIN.fingerprint(GoingOn(output), {}, output))
+    artifacts.complete(
+        draft,
+        kind="graph",
+        fingerprint=CHAIN.fingerprint(GoingOn(output), {}, output),
+        config={},
+        inputs={},
+    )
+    monkeypatch.setattr(stage, "_RECOVERY_SECONDS", 0)
+    monkeypatch.setenv("RANK", "1")
+    assert stage.main(CHAIN, words) == 1
+    assert "rank 0 did not move" in capsys.readouterr().err
+    assert not output.exists()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert stage.main(CHAIN, words) == 0

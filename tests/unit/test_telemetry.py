@@ -19,6 +19,18 @@ def test_rows_are_kept_and_rewound(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_resume_before_the_first_record_keeps_what_was_measured_at_the_start(
+    tmp_path: Path,
+) -> None:
+    with Telemetry(tmp_path, "align") as log:
+        for step in (0, 2):
+            log.log({"x": 1.0}, step=step)
+        log.rewind(0, keep_start=True)
+        assert [row["step"] for row in read_history(tmp_path)] == [0]
+        log.rewind(0)
+        assert read_history(tmp_path) == []
+
+
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     with Telemetry(tmp_path, "align") as log:
         log.log({"x": 1.0}, step=1)
