@@ -1,15 +1,16 @@
 """A bounded sample of patches of the training pictures, as one file (dataset -> codebook)."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib.format import open_memmap
 
 from alignrec.data.images import decode
 from alignrec.data.loader import Loader, MicroBatch
 from alignrec.data.shards import SampleTable
+from alignrec.data.shared_array import SharedArray, create_array
 from alignrec.errors import UserError
 from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.codebook import Codebook, learn_codebook
@@ -83,7 +84,8 @@ def write_sample(
     kept = patches_kept(architecture)
     spare = target.with_suffix(".writing")
     shape = (len(pictures) * kept, architecture.patch_values)
-    patches = open_memmap(spare, mode="w+", dtype=np.uint8, shape=shape)
+    # written by offset: who writes into a mapping dies of a full disk without a word
+    create_array(spare, np.uint8, shape)
     loader = Loader(
         lambda batch: _read(data, batch, architecture, config.seed),
         num_threads=config.loader.num_threads,
@@ -95,15 +97,18 @@ def write_sample(
         for start in range(0, len(pictures), _PICTURES_AT_ONCE)
     )
     near = data.shards.fetched_ahead(batches, lambda batch: batch.rows)
-    places = patches.reshape(len(pictures), kept, -1)
-    with telemetry.progress(len(pictures), "pictures") as progress:
+    with (
+        SharedArray.open(spare) as patches,
+        contextlib.closing(loader.batches(near)) as stream,
+        telemetry.progress(len(pictures), "pictures") as progress,
+    ):
         start = 0
-        for piece in loader.batches(near):
+        for piece in stream:
             chosen = order[start : start + len(piece) // kept]
-            places[chosen] = piece.reshape(len(chosen), kept, -1)
+            for place, rows in zip(chosen, piece.reshape(len(chosen), kept, -1), strict=True):
+                patches.write(int(place) * kept, rows)
             start += len(chosen)
             progress.update(len(chosen))
-    patches.flush()
     spare.replace(target)
 
 
