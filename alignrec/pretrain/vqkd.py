@@ -242,7 +242,7 @@ def _shapes(tensors: Tensors, source: Path) -> dict[str, int]:
         num_codes, code_dim = tensors[_CODES].shape
         width, _, patch_size, _ = tensors["encoder.patch_embed.proj.weight"].shape
         hidden = len(tensors["encoder.blocks.0.mlp.fc1.weight"])
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise _misfit(source, f"{error} is missing or of another shape") from error
     side = math.isqrt(positions)
     if side**2 != positions or width % _HEAD_WIDTH:

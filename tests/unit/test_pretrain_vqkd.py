@@ -184,6 +184,7 @@ def test_a_grid_without_a_code_for_each_patch_is_refused(tmp_path: Path) -> None
         ({"encoder.pos_embed": (1, 12, WIDTH)}, "11 patches of width 128"),
         ({"encoder.blocks.0.gamma_1": (WIDTH,)}, "1 unknown .encoder.blocks.0.gamma_1"),
         ({"encode_task_layer.2.bias": (DIM + 1,)}, "1 of other shapes .encode_task_layer.2.bias"),
+        ({"encoder.blocks.0.mlp.fc1.weight": ()}, "is missing or of another shape"),
         ({"quantize.embedding.weight": None}, "'quantize.embedding.weight' is missing"),
     ],
 )
