@@ -61,6 +61,7 @@ class VisionTower:
         mean: of each channel, subtracted from pixels in 0 .. 1.
         std: of each channel, by which they are divided then.
         frozen: whether its weights stay as they are.
+        commit: of the hub, from which it was read; None of a folder.
     """
 
     config: dict[str, Any]
@@ -71,6 +72,7 @@ class VisionTower:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     frozen: bool = False
+    commit: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +83,13 @@ class TextTower:
         config: its own configuration, with model_type.
         width: size of its last hidden states.
         frozen: whether its weights stay as they are.
+        commit: of the hub, from which it was read; None of a folder.
     """
 
     config: dict[str, Any]
     width: int
     frozen: bool = False
+    commit: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignrec.data.loader import ItemReader, MicroBatch
-from alignrec.pretrain.architecture import TowersArchitecture
+from alignrec.pretrain.architecture import Architecture, TowersArchitecture
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import open_training_data
 from alignrec.pretrain.initial import INITIAL, read_initial
@@ -28,6 +28,8 @@ from alignrec.telemetry import Telemetry
 BRIDGES = "bridges.safetensors"
 MAX_ITEMS = 512
 _BATCH = 16
+_BATCHES_BETWEEN = 4  # batches after which the moments are kept
+_MOMENTS = "moments.safetensors"
 _TINY = 1e-12
 
 
@@ -45,6 +47,19 @@ class Moments:
         self.count += len(values)
         self.sum += values.sum(dim=0)
         self.products += values.T @ values
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the sums as tensors to keep, under names that begin with ``name``."""
+        count = torch.tensor(self.count)
+        return {f"{name}.count": count, f"{name}.sum": self.sum, f"{name}.products": self.products}
+
+    @classmethod
+    def of(cls, kept: dict[str, Tensor], name: str) -> "Moments":
+        """Return what ``tensors`` kept."""
+        found = cls(len(kept[f"{name}.sum"]))
+        found.count = int(kept[f"{name}.count"])
+        found.sum, found.products = kept[f"{name}.sum"], kept[f"{name}.products"]
+        return found
 
     def projection(
         self, outputs: int, generator: torch.Generator
@@ -75,6 +90,7 @@ class Moments:
 
 def prepare_bridges(
     config: PretrainConfig,
+    architecture: Architecture,
     words: Words,
     dataset: Path,
     work: Path,
@@ -86,6 +102,7 @@ def prepare_bridges(
 
     Args:
         config: settings of the run.
+        architecture: resolved shapes.
         words: the tokenizer.
         dataset: artifact of which at most ``MAX_ITEMS`` training items are read.
         work: folder with the towers' weights, in which the projections are written.
@@ -96,7 +113,6 @@ def prepare_bridges(
         return
     if (work / BRIDGES).exists():
         return
-    architecture = config.encoder.architecture(words.vocabulary_size)
     assert isinstance(architecture, TowersArchitecture)
     towers = Towers(architecture)
     weights = {n.removeprefix("encoder."): t for n, t in read_initial(work / INITIAL).items()}
@@ -105,10 +121,21 @@ def prepare_bridges(
         rows = data.split.train[:: -(-len(data.split.train) // MAX_ITEMS)]
         telemetry.say(f"fitting the projections of both towers to {len(rows):,} items")
         with telemetry.progress(len(rows), "items") as progress:
-            found = fit(towers.to(device), data.whole_reader, rows, config.seed, progress.update)
-    spare = work / f"{BRIDGES}.writing"
-    save_file({f"encoder.{name}": tensor for name, tensor in found.items()}, spare)
-    spare.replace(work / BRIDGES)
+            found = fit(
+                towers.to(device),
+                data.whole_reader,
+                rows,
+                config.seed,
+                progress.update,
+                state=work / _MOMENTS,
+            )
+    _write({f"encoder.{name}": tensor for name, tensor in found.items()}, work / BRIDGES)
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    spare = file.with_suffix(".writing")
+    save_file(tensors, spare)
+    spare.replace(file)
 
 
 def read_bridges(work: Path) -> dict[str, Tensor]:
@@ -124,12 +151,29 @@ def fit(
     rows: npt.NDArray[np.int64],
     seed: int,
     progress: Callable[[int], None],
+    *,
+    state: Path,
 ) -> dict[str, Tensor]:
-    """Return weights and biases of the two projections; of an absent modality none."""
+    """Return weights and biases of the two projections; of an absent modality none.
+
+    Args:
+        towers: whose states are looked at.
+        reader: of the items.
+        rows: of the items.
+        seed: of the random basis.
+        progress: is told how many items were read.
+        state: file that a killed call leaves and the next one goes on from.
+    """
     bridges = {"vision_bridge": towers.vision_bridge, "text_bridge": towers.text_bridge}
     moments = {name: Moments(bridge.proj.in_features) for name, bridge in bridges.items()}
     device = towers.mask_token.device
-    for start in range(0, len(rows), _BATCH):
+    done = 0
+    if state.exists():
+        kept = load_file(state)
+        done = int(kept["done"])
+        moments = {name: Moments.of(kept, name) for name in moments}
+        progress(done)
+    for start in range(done, len(rows), _BATCH):
         batch = reader.read(MicroBatch(0, rows[start : start + _BATCH]))
         padding = torch.from_numpy(batch.text_padding).to(device)
         pictures = towers.vision_tower(
@@ -141,6 +185,11 @@ def fit(
         for name, states in seen.items():
             moments[name].add(bridges[name].norm(states))
         progress(len(batch.item_index))
+        if start // _BATCH % _BATCHES_BETWEEN == _BATCHES_BETWEEN - 1:
+            keep = {"done": torch.tensor(start + _BATCH)}
+            for name, sums in moments.items():
+                keep |= sums.tensors(name)
+            _write(keep, state)
     generator = torch.Generator().manual_seed(seed)
     result: dict[str, Tensor] = {}
     for name, bridge in bridges.items():

@@ -80,6 +80,11 @@ class EncoderConfig:
                     f"hub id of a transformers {absent[0]} model. Set it."
                 )
             idle = ["size"] if self.size != EncoderConfig.size else []
+            if {"vision", "text"} <= set(self.frozen) and self.tower_rate != 1.0:
+                raise UserError(
+                    f"pretrain.encoder.tower_rate={self.tower_rate} has no effect, because "
+                    f"pretrain.encoder.frozen names both towers. Leave one of the two out."
+                )
         else:
             names = ("vision", "text", "frozen", "tower_rate")
             idle = [name for name in names if getattr(self, name) != getattr(EncoderConfig, name)]
@@ -375,7 +380,8 @@ class PretrainConfig:
     log_steps: int = option(10, "optimizer steps between log rows", minimum=1, affects_result=False)
     timeout_seconds: float = option(
         300.0,
-        "how long a rank waits for a silent peer; more than rank 0 takes to train the tokenizer",
+        "how long a rank waits for a silent peer; more than rank 0 takes for what it prepares "
+        "alone: tokenizer, codebook, download and projections of towers",
         minimum=1,
         affects_result=False,
     )

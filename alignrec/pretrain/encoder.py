@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
@@ -92,6 +92,9 @@ class ContentEncoder(nn.Module, abc.ABC):
     def frozen_state(self) -> dict[str, Tensor]:
         """Return the weights that are no parameters, because they never change."""
         return {}
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Round these weights to the format in which the others compute; here there are none."""
 
 
 class Encoder(ContentEncoder):
@@ -203,8 +206,13 @@ def pool(
 
 def save_encoder(architecture: Architecture, folder: Path, state: dict[str, Tensor]) -> None:
     """Write ``encoder.json`` and ``encoder.safetensors`` (fp32)."""
-    artifacts.write_json(folder / ARCHITECTURE, dataclasses.asdict(architecture))
+    write_architecture(architecture, folder)
     save_file({name: t.float().contiguous() for name, t in state.items()}, folder / WEIGHTS)
+
+
+def write_architecture(architecture: Architecture, folder: Path) -> None:
+    """Write ``encoder.json``."""
+    artifacts.write_json(folder / ARCHITECTURE, dataclasses.asdict(architecture))
 
 
 def make_encoder(architecture: Architecture) -> ContentEncoder:
@@ -222,9 +230,7 @@ def load_encoder(folder: Path) -> ContentEncoder:
     Raises:
         UserError: the weights are damaged or do not fit the architecture.
     """
-    mapping = _read_architecture(folder / ARCHITECTURE)
-    kind = TowersArchitecture if mapping.get("kind") == "towers" else Architecture
-    encoder = make_encoder(configuration.build(kind, mapping, section=ARCHITECTURE))
+    encoder = make_encoder(read_architecture(folder))
     try:
         load_weights(encoder, load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -235,15 +241,23 @@ def load_encoder(folder: Path) -> ContentEncoder:
     return encoder.eval()
 
 
-def _read_architecture(path: Path) -> dict[str, Any]:
-    """Read it as JSON: a reader of YAML takes the number 1e-12 for a text."""
+def read_architecture(folder: Path) -> Architecture:
+    """Return the architecture that ``write_architecture`` left.
+
+    As JSON: a reader of YAML takes the number 1e-12 for a text.
+
+    Raises:
+        UserError: it is absent or damaged.
+    """
+    path = folder / ARCHITECTURE
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}). Run pretrain again.") from error
     if not isinstance(mapping, dict):
         raise UserError(f"{path} holds no encoder's architecture. Run pretrain again.")
-    return mapping
+    kind = TowersArchitecture if mapping.get("kind") == "towers" else Architecture
+    return configuration.build(kind, mapping, section=ARCHITECTURE)
 
 
 def load_weights(encoder: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -52,6 +52,8 @@ class Engine:
             betas=(config.beta1, config.beta2),
             fused=True,  # one pass over memory instead of a dozen
         )
+        if config.precision == "bf16":  # DeepSpeed casts parameters alone
+            model.encoder.cast_frozen(torch.bfloat16)
         self._ema_decay = config.ema_decay
         self._kept_keys = MOMENTS if config.ema_decay is None else (*MOMENTS, AVERAGE)
         self._engine, *_ = deepspeed.initialize(

@@ -16,19 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignrec.errors import UserError
-from alignrec.pretrain.architecture import Architecture
+from alignrec.pretrain.architecture import Architecture, TowersArchitecture
 from alignrec.pretrain.checkpoint_files import Tensors, read_tensor_file, some
 from alignrec.pretrain.config import EncoderConfig, PretrainConfig
 from alignrec.pretrain.encoder import WEIGHTS
 from alignrec.pretrain.multiway import POSITION_OFFSET
 from alignrec.pretrain.objective import MaskedModel
 from alignrec.pretrain.targets import PictureTarget
-from alignrec.pretrain.tokenizer import Words
 
 INITIAL = "initial.safetensors"
 TOKEN_EMBEDDINGS = "encoder.text_embed.weight"  # noqa: S105 - a parameter's name
 POSITIONS = "encoder.encoder.embed_positions.A.weight"
-_HEADS = ("mlm_head.", "mim_head.")
+_PICTURE_HEAD = "mim_head."
+_HEADS = ("mlm_head.", _PICTURE_HEAD)
 _OFFICIAL = "beit3."  # prefix of the encoder in microsoft/unilm's checkpoints
 
 
@@ -53,13 +53,17 @@ def has_initial(config: PretrainConfig) -> bool:
 
 
 def write_initial(
-    config: PretrainConfig, words: Words, target: Path, *, picture: PictureTarget | None = None
+    config: PretrainConfig,
+    architecture: Architecture,
+    target: Path,
+    *,
+    picture: PictureTarget | None = None,
 ) -> str:
     """Write the weights to start from by rename and return a line about them (rank 0 calls it).
 
     Args:
         config: settings.
-        words: the tokenizer.
+        architecture: resolved shapes, for the tokens of the tokenizer.
         target: file to write.
         picture: what the picture head predicts; without one, pixels.
 
@@ -67,22 +71,23 @@ def write_initial(
         UserError: the checkpoint or a tower cannot be read or does not fit.
     """
     if config.initial.checkpoint is None:
-        tensors = _tower_tensors(config.encoder)
+        tensors = _tower_tensors(config.encoder, architecture)
         _write(tensors, target)
         return (
             f"starts from {config.encoder.vision} and {config.encoder.text}: {len(tensors)} tensors"
         )
-    return _write_checkpoint(config, config.initial.checkpoint, words, target, picture)
+    return _write_checkpoint(config, config.initial.checkpoint, architecture, target, picture)
 
 
-def _tower_tensors(config: EncoderConfig) -> Tensors:
+def _tower_tensors(config: EncoderConfig, architecture: Architecture) -> Tensors:
     from alignrec.pretrain.tower_models import read_weights  # transformers takes seconds to import
 
     assert config.vision is not None
     assert config.text is not None
+    assert isinstance(architecture, TowersArchitecture)
     read = {
-        "vision": read_weights(config.vision, "vision"),
-        "text": read_weights(config.text, "text"),
+        "vision": read_weights(config.vision, "vision", commit=architecture.vision.commit),
+        "text": read_weights(config.text, "text", commit=architecture.text.commit),
     }
     return {
         f"encoder.{modality}_tower.model.{name}": tensor.contiguous()
@@ -100,12 +105,12 @@ def _write(tensors: Tensors, target: Path) -> None:
 def _write_checkpoint(
     config: PretrainConfig,
     checkpoint: Path,
-    words: Words,
+    architecture: Architecture,
     target: Path,
     picture: PictureTarget | None,
 ) -> str:
     tensors = rename(read_tensors(checkpoint))
-    found = fit(tensors, config, words, source=checkpoint, picture=picture)
+    found = fit(tensors, config, architecture, source=checkpoint, picture=picture)
     _write(found.tensors, target)
     parts = [f"starts from {checkpoint}: {len(found.tensors)} tensors"]
     if found.fresh:
@@ -144,7 +149,7 @@ def rename(tensors: Tensors) -> Tensors:
 def fit(
     tensors: Tensors,
     config: PretrainConfig,
-    words: Words,
+    architecture: Architecture,
     *,
     source: Path,
     picture: PictureTarget | None,
@@ -155,9 +160,9 @@ def fit(
         UserError: encoder tensors are missing, unknown or of other shapes, or the tokenizer has
             more words than the checkpoint.
     """
-    rows = len(tensors.get(TOKEN_EMBEDDINGS, range(words.vocabulary_size)))
-    _refuse_more_words(words, rows, source)
-    architecture = config.encoder.architecture(rows)
+    rows = len(tensors.get(TOKEN_EMBEDDINGS, range(architecture.vocabulary_size)))
+    _refuse_more_words(architecture.vocabulary_size, rows, source)
+    architecture = dataclasses.replace(architecture, vocabulary_size=rows)
     if POSITIONS in tensors:
         tensors = tensors | {POSITIONS: fit_positions(tensors[POSITIONS], architecture)}
     with torch.device("meta"):
@@ -166,11 +171,14 @@ def fit(
     frozen = model.encoder.frozen_state()
     expected |= {f"encoder.{name}": tensor.shape for name, tensor in frozen.items()}
     _refuse_misfits(tensors, expected, source)
+    # the codes of another codebook have nothing to do with BEiT-3's, also where they are as many
+    drawn: tuple[str, ...] = _HEADS if config.initial.heads == "fresh" else ()
+    if config.objective.targets != "vqkd":
+        drawn = (*drawn, _PICTURE_HEAD)
     kept = {
         name: tensor.float().contiguous()
         for name, tensor in tensors.items()
-        if expected.get(name) == tensor.shape
-        and (config.initial.heads == "load" or not name.startswith(_HEADS))
+        if expected.get(name) == tensor.shape and not name.startswith(drawn)
     }
     return Initial(
         tensors=kept,
@@ -197,10 +205,10 @@ def fit_positions(
     return torch.cat([positions[:first].float(), fitted.flatten(2)[0].T])
 
 
-def _refuse_more_words(words: Words, rows: int, source: Path) -> None:
-    if rows < words.vocabulary_size:
+def _refuse_more_words(num_words: int, rows: int, source: Path) -> None:
+    if rows < num_words:
         raise UserError(
-            f"pretrain.tokenizer.path has {words.vocabulary_size} tokens, but {source} has "
+            f"pretrain.tokenizer.path has {num_words} tokens, but {source} has "
             f"embeddings for {rows}: some would have none. Give the tokenizer that the checkpoint "
             f"was trained with."
         )
@@ -236,9 +244,15 @@ def _sizes_of(tensors: Tensors) -> str:
     embedding = tensors.get(TOKEN_EMBEDDINGS)
     inner = tensors.get("encoder.encoder.layers.0.ffn.A.fc1.weight")
     patches = tensors.get("encoder.vision_embed.proj.weight")
+    if any(name.startswith("encoder.vision_tower.") for name in tensors):
+        return (
+            f"The checkpoint was made with kind: towers and num_layers: {len(layers)}; set "
+            f"pretrain.encoder as its encoder.json says, over the same models."
+        )
     if embedding is None or inner is None or patches is None or patches.ndim != 4:
         return "It is no BEiT-3 encoder; give one of its published checkpoints."
     return (
-        f"The checkpoint was made with num_layers: {len(layers)}, width: {embedding.shape[1]}, "
-        f"hidden: {len(inner)}, patch_size: {patches.shape[-1]}; set pretrain.encoder to that."
+        f"The checkpoint was made with kind: multiway, num_layers: {len(layers)}, width: "
+        f"{embedding.shape[1]}, hidden: {len(inner)}, patch_size: {patches.shape[-1]}; set "
+        f"pretrain.encoder to that."
     )

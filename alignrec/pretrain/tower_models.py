@@ -55,7 +55,7 @@ def make_model(config: dict[str, Any]) -> nn.Module:
     """Return a model with random weights, as towers use it: without pooler, batch norms folded."""
     from transformers import CONFIG_MAPPING, AutoModel
 
-    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    parsed = _without_kernels(CONFIG_MAPPING[config["model_type"]].from_dict(config))
     return _as_tower(AutoModel.from_config(parsed, trust_remote_code=False))
 
 
@@ -96,7 +96,7 @@ def vision_tower(source: str, *, image_size: int, frozen: bool) -> VisionTower:
     Raises:
         UserError: it is no vision model, or cannot read pictures of this size.
     """
-    config = _read_config(source, "vision")
+    config, commit = _read_config(source, "vision")
     with torch.device("meta"):
         model = _model_of(config, source, "vision")
         interpolate = (
@@ -113,16 +113,16 @@ def vision_tower(source: str, *, image_size: int, frozen: bool) -> VisionTower:
                 f"{image_size} pixels ({_first_line(error)}). Set pretrain.encoder.image_size to "
                 f"what it was trained with, or choose another model."
             ) from error
-    mean, std = _pixel_statistics(source)
+    mean, std = _pixel_statistics(source, commit)
     if states.ndim == 4:
         _, width, rows, columns = states.shape
         places, first = rows, 0
         square = rows == columns
     else:
         _, count, width = states.shape
-        places = math.isqrt(count)
-        first = count - places**2
-        square = places > 0
+        first = _first_place(config, count, image_size)
+        places = math.isqrt(max(count - first, 0))
+        square = places > 0 and first >= 0 and places**2 == count - first
     if not square:
         raise UserError(
             f"pretrain.encoder.vision={source} gives states of shape {tuple(states.shape)}, which "
@@ -137,7 +137,24 @@ def vision_tower(source: str, *, image_size: int, frozen: bool) -> VisionTower:
         mean=mean,
         std=std,
         frozen=frozen,
+        commit=commit,
     )
+
+
+def _first_place(config: Any, count: int, image_size: int) -> int:  # noqa: ANN401 - of transformers
+    """Return how many states come before those of the picture's places; -1: cannot be told."""
+    before = {0, 1, 1 + (getattr(config, "num_register_tokens", None) or 0)}
+    if config.model_type == "deit":
+        before = {2}  # CLS, distillation
+    patch_size = getattr(config, "patch_size", None)
+    if isinstance(patch_size, int):
+        rest = count - (image_size // patch_size) ** 2
+        if rest in before:
+            return rest
+        # stages that halve the grid leave fewer places, and none of them a CLS
+        before = {0} if rest < 0 else set()
+    squares = (first for first in before if math.isqrt(max(count - first, 0)) ** 2 == count - first)
+    return next(squares, -1)
 
 
 @functools.cache
@@ -153,7 +170,7 @@ def text_tower(source: str, *, vocabulary_size: int, max_tokens: int, frozen: bo
     Raises:
         UserError: it is no text model, or has too few words or positions.
     """
-    config = _read_config(source, "text")
+    config, commit = _read_config(source, "text")
     with torch.device("meta"):
         model = _model_of(config, source, "text")
         try:
@@ -179,23 +196,31 @@ def text_tower(source: str, *, vocabulary_size: int, max_tokens: int, frozen: bo
                 f"pretrain.encoder.max_text_tokens={max_tokens} is more than the {limit} positions "
                 f"of {source}. Lower it."
             )
-    return TextTower(config=_plain(config), width=states.shape[-1], frozen=frozen)
+    return TextTower(config=_plain(config), width=states.shape[-1], frozen=frozen, commit=commit)
 
 
-def read_weights(source: str, modality: Modality) -> dict[str, Tensor]:
+def read_weights(
+    source: str, modality: Modality, *, commit: str | None = None
+) -> dict[str, Tensor]:
     """Return the fp32 weights of a model under the names of ``make_model``.
+
+    Args:
+        source: folder or hub id.
+        modality: which tower, or which half of a model of both.
+        commit: of the hub; without one, the newest.
 
     Raises:
         UserError: there are none in safetensors, they are damaged, or some are missing.
     """
     from transformers import AutoModel
 
-    config = _read_config(source, modality)
+    config, _ = _read_config(source, modality, commit)
     try:
         with _quiet():
             model, report = AutoModel.from_pretrained(
                 source,
                 config=config,
+                revision=commit,
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -223,14 +248,18 @@ def _pooler_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith("pooler.")}
 
 
-def _read_config(source: str, modality: Modality) -> Any:  # noqa: ANN401 - a transformers config
+def _read_config(
+    source: str, modality: Modality, commit: str | None = None
+) -> tuple[Any, str | None]:
+    """Return a model's configuration and its commit, which folders have not."""
     from transformers import AutoConfig
 
     try:
         if not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".")):
             raise OSError("no such folder")
         with _quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            commit = commit or _newest_commit(source)
+            config = AutoConfig.from_pretrained(source, revision=commit, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, and the hub's own
         raise UserError(
             f"pretrain.encoder.{modality}={source} is no folder with a transformers model, and the "
@@ -238,7 +267,25 @@ def _read_config(source: str, modality: Modality) -> Any:  # noqa: ANN401 - a tr
             f"network give a folder with config.json and model.safetensors."
         ) from error
     # of a model of both (CLIP, SigLIP) its half
-    return getattr(config, f"{modality}_config", None) or config
+    own = getattr(config, f"{modality}_config", None) or config
+    return _without_kernels(own), commit
+
+
+def _newest_commit(source: str) -> str | None:
+    """Return which commit of the hub a name stands for now; None of a folder."""
+    from transformers.utils import cached_file
+
+    if Path(source).is_dir():
+        return None
+    snapshot = Path(cached_file(source, "config.json")).parent
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
+
+
+def _without_kernels(config: Any) -> Any:  # noqa: ANN401 - a transformers config
+    """Let transformers choose how to compute: a configuration may name code that is on the hub."""
+    config._attn_implementation = None  # of the configurations in it too
+    config._experts_implementation = None
+    return config
 
 
 def _model_of(config: Any, source: str, modality: Modality) -> nn.Module:  # noqa: ANN401
@@ -266,17 +313,25 @@ def _plain(config: Any) -> dict[str, Any]:  # noqa: ANN401 - a transformers conf
 
 
 def _pixel_statistics(
-    source: str,
+    source: str, revision: str | None
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and std of preprocessor_config.json, ImageNet's without one."""
     from transformers.utils import cached_file
 
-    file = cached_file(
-        source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
-    )
-    if file is None:
-        return _MEAN, _STD
-    values = json.loads(Path(file).read_text(encoding="utf-8"))
+    name = "preprocessor_config.json"
+    try:
+        file = cached_file(
+            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        values = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} of pretrain.encoder.vision={source} cannot be read ({_first_line(error)}), so "
+            f"pixels might be normalised wrongly. Correct the file, or remove it from the folder "
+            f"(ImageNet's numbers are used then)."
+        ) from error
     mean, std = values.get("image_mean", _MEAN), values.get("image_std", _STD)
     try:
         (a, b, c), (d, e, f) = map(float, mean), map(float, std)

@@ -27,6 +27,7 @@ class Tower(nn.Module):
     def __init__(self, shape: VisionTower | TextTower) -> None:
         super().__init__()
         self.model = make_model(shape.config)
+        self.places = [n for n, _ in self.model.named_parameters(remove_duplicate=False)]
         self.frozen_names = freeze(self.model) if shape.frozen else []
         self.train()
 
@@ -38,6 +39,12 @@ class Tower(nn.Module):
     def frozen_state(self) -> dict[str, Tensor]:
         """Return the frozen weights by name; empty where they are trained."""
         return {f"model.{name}": self.model.get_buffer(name) for name in self.frozen_names}
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Round the frozen weights; other buffers (frequencies, ids) stay as they are."""
+        for name in self.places if self.frozen_names else ():
+            buffer = self.model.get_buffer(name)
+            buffer.data = buffer.data.to(dtype)
 
 
 class VisionModel(Tower):
@@ -193,6 +200,11 @@ class Towers(ContentEncoder):
             for name, tower in towers.items()
             for key, tensor in tower.frozen_state().items()
         }
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Round the weights of frozen towers."""
+        self.vision_tower.cast_frozen(dtype)
+        self.text_tower.cast_frozen(dtype)
 
 
 def mean_of(

@@ -1,6 +1,7 @@
 """Stage 1: train the encoder by mask-then-predict (dataset -> encoder)."""
 
 import contextlib
+import dataclasses
 import math
 import shutil
 import time
@@ -27,7 +28,13 @@ from alignrec.pretrain.bridges import prepare_bridges, read_bridges
 from alignrec.pretrain.compilation import compile_layers
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
-from alignrec.pretrain.encoder import load_weights, save_encoder
+from alignrec.pretrain.encoder import (
+    ARCHITECTURE,
+    load_weights,
+    read_architecture,
+    save_encoder,
+    write_architecture,
+)
 from alignrec.pretrain.engine import Engine, deepspeed_group
 from alignrec.pretrain.held_out import judge, write_reconstructions
 from alignrec.pretrain.initial import (
@@ -122,7 +129,10 @@ def _prepare(
         write_tokenizer(dataset, config.tokenizer, written)
         written.replace(draft.path / TOKENIZER)
     words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
-    architecture = config.encoder.architecture(words.vocabulary_size)
+    if not (draft.work / ARCHITECTURE).exists():
+        # asked once: what a hub says may be another thing for the next rank or after a kill
+        write_architecture(config.encoder.architecture(words.vocabulary_size), draft.work)
+    architecture = read_architecture(draft.work)
     prepare_target(
         config,
         architecture,
@@ -135,8 +145,16 @@ def _prepare(
     if has_initial(config):
         if not (draft.work / INITIAL).exists():
             target = open_target(config, architecture, draft.path, torch.device("cpu"))
-            telemetry.say(write_initial(config, words, draft.work / INITIAL, picture=target))
-        prepare_bridges(config, words, dataset, draft.work, device=rank.device, telemetry=telemetry)
+            telemetry.say(write_initial(config, architecture, draft.work / INITIAL, picture=target))
+        prepare_bridges(
+            config,
+            architecture,
+            words,
+            dataset,
+            draft.work,
+            device=rank.device,
+            telemetry=telemetry,
+        )
     if counts_words(config) and not (draft.work / VECTORS).exists():
         write_word_vectors(
             dataset, words, draft.work / VECTORS, width=architecture.width, seed=config.seed
@@ -180,7 +198,8 @@ class Trainer:
         state |= _load_state(found) if found else {}
         # a checkpoint may have embeddings for more tokens than its tokenizer has
         rows = len(state.get(TOKEN_EMBEDDINGS, range(self.words.vocabulary_size)))
-        architecture = config.encoder.architecture(rows)
+        settled = read_architecture(self.checkpoints.parent)
+        architecture = dataclasses.replace(settled, vocabulary_size=rows)
         target = open_target(config, architecture, self.folder, self.rank.device)
         model = build_model(architecture, config.objective, seed=config.seed, target=target)
         weights = {n: t for n, t in state.items() if "/" not in n}
@@ -373,7 +392,9 @@ def _finish(trainer: Trainer, draft: artifacts.Draft) -> dict[str, Tensor]:
     write_reconstructions(trainer.engine, data, trainer.words, rank, draft.path)
     trained = {name: tensor.cpu() for name, tensor in _kept(trainer.engine, rank)}
     frozen = trainer.engine.model.encoder.frozen_state() if rank.is_first else {}
-    return trained | {name: tensor.cpu() for name, tensor in frozen.items()}
+    # as they were given: the model's own are rounded under bf16
+    given = read_initial(draft.work / INITIAL) if frozen else {}
+    return trained | {name: given[f"encoder.{name}"] for name in frozen}
 
 
 def _publish(

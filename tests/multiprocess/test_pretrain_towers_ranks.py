@@ -76,7 +76,15 @@ def pretrain_until(folder: Path, name: str, step: int, **changes: Any) -> None:
     run_until(config, folder / "dataset", folder / name, step=step)
 
 
+BF16: dict[str, Any] = {"precision": "bf16", "max_steps": 1, "global_batch_size": 4}
 FROZEN: dict[str, Any] = {"vision": "resnet", "encoder": {"frozen": ["vision"]}}
+
+
+BF16_FROZEN = {
+    "bf16_vision": ["vision"],
+    "bf16_text": ["text"],
+    "bf16_both": ["vision", "text"],
+}
 
 
 def on_one_rank(folder: Path) -> None:
@@ -85,6 +93,8 @@ def on_one_rank(folder: Path) -> None:
         pretrain(folder, "slow", zero_stage=0, encoder={"tower_rate": 0.0})
         pretrain(folder, "frozen", zero_stage=0, **FROZEN)
         pretrain_until(folder, "frozen_resumed", 3, zero_stage=0, **FROZEN)
+        for name, frozen in BF16_FROZEN.items():
+            pretrain(folder, name, zero_stage=1, encoder={"frozen": frozen}, **BF16)
 
 
 def on_two_ranks(folder: Path) -> None:
@@ -117,6 +127,16 @@ def test_a_run_with_a_frozen_tower_goes_on_under_another_stage(folder: Path) -> 
     assert_close(found, weights_of(folder, "frozen"))
     for name, tensor in read_weights(str(folder / "resnet"), "vision").items():
         assert torch.equal(found[f"vision_tower.model.{name}"], tensor), name
+
+
+@pytest.mark.parametrize("name", BF16_FROZEN)
+def test_frozen_towers_under_bf16_stay_as_they_were_given(folder: Path, name: str) -> None:
+    found = weights_of(folder, name)
+    for modality, source in (("vision", "vit"), ("text", "bert")):
+        for key, tensor in read_weights(str(folder / source), modality).items():
+            same = torch.equal(found[f"{modality}_tower.model.{key}"], tensor)
+            assert same or modality not in BF16_FROZEN[name], key
+    assert not math.isclose(float(found["mask_token"].abs().sum()), 0.0)
 
 
 def test_a_rate_of_zero_leaves_towers_as_they_are(folder: Path) -> None:

@@ -1,9 +1,11 @@
 """Weights and tokenizers from elsewhere: official layouts in, our parameters and tokens out."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import huggingface_hub.constants
 import pytest
@@ -14,7 +16,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from alignrec import configuration
 from alignrec.errors import UserError
-from alignrec.pretrain import STAGE
+from alignrec.pretrain import STAGE, initial
 from alignrec.pretrain.config import PretrainConfig, TokenizerConfig
 from alignrec.pretrain.encoder import save_encoder
 from alignrec.pretrain.initial import (
@@ -22,10 +24,9 @@ from alignrec.pretrain.initial import (
     fit_positions,
     read_initial,
     read_tensors,
-    write_initial,
 )
 from alignrec.pretrain.objective import MaskedModel, build_model
-from alignrec.pretrain.targets import VqkdTarget
+from alignrec.pretrain.targets import CodebookTarget, PictureTarget, VqkdTarget
 from alignrec.pretrain.tokenizer import Words, load_words, write_tokenizer
 from alignrec.pretrain.vqkd import VqkdTokenizer
 from alignrec.testing.datasets import write_dataset
@@ -44,13 +45,18 @@ def words(tmp_path: Path) -> Words:
 
 
 def make_config(
-    checkpoint: Path, *, image_size: int = 16, encoder: dict[str, Any] | None = None, **initial: Any
+    checkpoint: Path,
+    *,
+    image_size: int = 16,
+    encoder: dict[str, Any] | None = None,
+    objective: dict[str, Any] | None = None,
+    **initial: Any,
 ) -> PretrainConfig:
     section = {
         "encoder": {**TINY, "image_size": image_size, **(encoder or {})},
         "initial": {"checkpoint": str(checkpoint), **initial},
         "tokenizer": {"path": "words.json"},
-        "objective": {"summary_weight": 0},
+        "objective": {"summary_weight": 0, **(objective or {})},
     }
     return configuration.build(PretrainConfig, section, section="pretrain")
 
@@ -69,6 +75,13 @@ def official_tensors(*, image_size: int = 16) -> dict[str, torch.Tensor]:
     }.items():
         tensors[name] = torch.randn(shape)
     return tensors
+
+
+def write_initial(
+    config: PretrainConfig, words: Words, target: Path, picture: PictureTarget | None = None
+) -> str:
+    architecture = config.encoder.architecture(words.vocabulary_size)
+    return initial.write_initial(config, architecture, target, picture=picture)
 
 
 def start_from(config: PretrainConfig, words: Words, folder: Path) -> MaskedModel:
@@ -143,12 +156,23 @@ def test_the_picture_head_is_taken_over_where_codes_are_predicted(
     as_torch(tensors, path)
     with torch.device("meta"):
         codes = {count: VqkdTarget(VqkdTokenizer(num_codes=count)) for count in (30, 31)}
-    line = write_initial(make_config(path), words, tmp_path / "a", picture=codes[30])
+    config = make_config(path, objective={"targets": "vqkd", "vqkd": "beit2.pth"})
+    line = write_initial(config, words, tmp_path / "a", picture=codes[30])
     assert "mim_head" not in line
     for name in ("mim_head.weight", "mim_head.bias"):
         assert torch.equal(load_file(tmp_path / "a")[name], tensors[name])
-    line = write_initial(make_config(path), words, tmp_path / "b", picture=codes[31])
+    line = write_initial(config, words, tmp_path / "b", picture=codes[31])
     assert "drawn anew: mim_head.weight, mim_head.bias" in line
+
+
+def test_the_catalogues_own_codes_get_no_head_of_other_codes(words: Words, tmp_path: Path) -> None:
+    path = tmp_path / "beit3.pth"
+    as_torch(official_tensors(), path)
+    config = make_config(path, objective={"targets": "codebook"})
+    book = mock.Mock(num_codes=30)  # as many as the checkpoint's
+    line = write_initial(config, words, tmp_path / "a", picture=CodebookTarget(book, 4))
+    assert "drawn anew: mim_head.weight, mim_head.bias" in line
+    assert not [name for name in load_file(tmp_path / "a") if name.startswith("mim_head.")]
 
 
 @pytest.mark.parametrize("image_size", [8, 24, 32])
@@ -214,6 +238,14 @@ def test_all_misfits_are_told_at_once_with_the_sizes_to_set(words: Words, tmp_pa
     assert not (tmp_path / "initial").exists()
 
 
+def test_of_an_encoder_of_towers_its_own_settings_are_told(words: Words, tmp_path: Path) -> None:
+    tensors = official_tensors()
+    tensors["beit3.vision_tower.model.x"] = tensors.pop("beit3.text_embed.weight")
+    as_torch(tensors, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="made with kind: towers and num_layers: 2; set"):
+        write_initial(make_config(tmp_path / "c.pth"), words, tmp_path / "initial")
+
+
 def test_what_is_no_beit3_is_told_so(words: Words, tmp_path: Path) -> None:
     torch.save({"model": {"conv.weight": torch.zeros(2, 2)}}, tmp_path / "resnet.pth")
     with pytest.raises(UserError, match="It is no BEiT-3 encoder"):
@@ -237,6 +269,13 @@ class Payload:
         return exec, ("raise SystemExit('ran')",)
 
 
+class Nothing:
+    """A tensor without numbers or shape: putting it together is a TypeError."""
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return torch._utils._rebuild_tensor_v2, ()
+
+
 def test_nothing_but_tensors_is_read(tmp_path: Path) -> None:
     torch.save({"model": {}, "args": Payload()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="anything but tensors is refused"):
@@ -250,6 +289,9 @@ def test_nothing_but_tensors_is_read(tmp_path: Path) -> None:
             read_tensors(tmp_path / name)
     with pytest.raises(UserError, match="cannot be read"):
         read_tensors(tmp_path / "absent.pth")
+    (tmp_path / "odd.pth").write_bytes(pickle.dumps(Nothing(), protocol=2))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_tensors(tmp_path / "odd.pth")
 
 
 def test_a_checkpoint_needs_its_tokenizer() -> None:

@@ -5,19 +5,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from alignrec import configuration
+from alignrec.data.loader import ItemBatch, MicroBatch
 from alignrec.errors import UserError
 from alignrec.pretrain.architecture import TowersArchitecture
-from alignrec.pretrain.bridges import Moments
+from alignrec.pretrain.bridges import Moments, fit
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.encoder import load_encoder, pool, save_encoder
 from alignrec.pretrain.multiway import Streams
-from alignrec.pretrain.tower_models import FoldedNorm, make_model, read_weights
+from alignrec.pretrain.tower_models import FoldedNorm, make_model, read_weights, vision_tower
 from alignrec.pretrain.towers import Towers, resample
 from alignrec.testing.towers import write_bert, write_resnet, write_vit
 
@@ -215,6 +219,42 @@ def test_fitted_projections_keep_the_angles_of_what_was_seen() -> None:
     assert Moments(8).projection(4, generator) is None
 
 
+class Reader:
+    """Gives items by their row, and stops after some batches, as a kill does."""
+
+    def __init__(self, num_batches: int | None = None) -> None:
+        self.left = num_batches
+        self.rows: list[int] = []
+
+    def read(self, batch: MicroBatch) -> ItemBatch:
+        if self.left == 0:
+            raise InterruptedError
+        self.left = None if self.left is None else self.left - 1
+        self.rows.extend(batch.rows)
+        count, generator = len(batch.rows), np.random.default_rng(int(batch.rows[0]))
+        return ItemBatch(
+            item_index=batch.rows,
+            images=generator.integers(256, size=(count, SIZE, SIZE, 3), dtype=np.uint8),
+            has_image=np.ones(count, dtype=bool),
+            tokens=generator.integers(5, VOCABULARY, size=(count, LENGTH)),
+            text_padding=np.zeros((count, LENGTH), dtype=bool),
+        )
+
+
+def test_a_killed_fit_of_the_projections_goes_on(folder: Path, tmp_path: Path) -> None:
+    towers, rows = make_towers(folder, width=8), np.arange(100)
+    expected = fit(towers, Reader(), rows, 0, lambda n: None, state=tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        fit(towers, Reader(6), rows, 0, lambda n: None, state=tmp_path / "killed")
+    reader, seen = Reader(), []
+    found = fit(towers, reader, rows, 0, seen.append, state=tmp_path / "killed")
+    assert reader.rows == list(range(64, 100))
+    assert sum(seen) == 100
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_positions_are_interpolated_where_the_model_can(folder: Path) -> None:
     towers = make_towers(folder, image_size=24)
     assert towers.architecture.vision.interpolate
@@ -240,6 +280,94 @@ def test_statistics_of_the_pixels_come_from_the_folder(folder: Path, tmp_path: P
         make_towers(tmp_path / "damaged")
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "\udcff"])
+def test_damaged_statistics_of_the_pixels_are_told(
+    folder: Path, tmp_path: Path, content: str
+) -> None:
+    shutil.copytree(folder / "vit", tmp_path / "vit")
+    file = tmp_path / "vit" / "preprocessor_config.json"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json of .* cannot be read"):
+        vision_tower(str(tmp_path / "vit"), image_size=SIZE, frozen=False)
+
+
+def write_vision(folder: Path, kind: str, **config: Any) -> str:
+    """Write the configuration of a small vision model, which is all that its shapes need."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoConfig.for_model(kind, **sizes, intermediate_size=24, **config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "first"),
+    [
+        ("vit", {"image_size": 32, "patch_size": 8}, 1),
+        ("deit", {"image_size": 32, "patch_size": 8}, 2),
+        ("siglip_vision_model", {"image_size": 32, "patch_size": 8}, 0),
+        ("dinov2_with_registers", {"image_size": 32, "patch_size": 8}, 5),
+        ("dinov3_vit", {"image_size": 32, "patch_size": 8, "num_register_tokens": 4}, 5),
+        ("dinov3_vit", {"image_size": 32, "patch_size": 8, "num_register_tokens": 8}, 9),
+    ],
+)
+def test_states_before_the_grid_are_known(
+    tmp_path: Path, kind: str, config: dict[str, Any], first: int
+) -> None:
+    tower = vision_tower(write_vision(tmp_path, kind, **config), image_size=32, frozen=False)
+    assert (tower.places_per_side, tower.first_place) == (4, first)
+
+
+def test_stages_that_halve_the_grid_are_a_grid(tmp_path: Path) -> None:
+    config = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    AutoConfig.for_model("swin", image_size=32, patch_size=4, **config).save_pretrained(tmp_path)
+    tower = vision_tower(str(tmp_path), image_size=32, frozen=False)
+    assert (tower.places_per_side, tower.first_place) == (4, 0)
+
+
+def test_states_of_something_else_behind_the_grid_are_refused(tmp_path: Path) -> None:
+    """16 places, CLS and 8 detections are 25 states: a square, but no grid of places."""
+    sizes = {"image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 8}
+    source = write_vision(tmp_path, "yolos", use_mid_position_embeddings=False, **sizes)
+    with pytest.raises(UserError, match=r"\(1, 25, 16\), which are no square grid"):
+        vision_tower(source, image_size=32, frozen=False)
+
+
+def test_a_configuration_names_no_code_of_the_hub(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "vit", tmp_path / "vit")
+    file = tmp_path / "vit" / "config.json"
+    named = json.loads(file.read_text()) | {"attn_implementation": "somebody/kernel"}
+    file.write_text(json.dumps(named))
+    tower = vision_tower(str(tmp_path / "vit"), image_size=SIZE, frozen=False)
+    assert "somebody" not in json.dumps(tower.config)
+    assert make_model(named).config._attn_implementation in ("sdpa", "eager")
+    assert read_weights(str(tmp_path / "vit"), "vision")
+
+
+def test_a_name_of_the_hub_is_one_commit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read first is read again, whatever the name stands for by then."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--somebody--vit"
+    commits = ["a" * 40, "b" * 40]
+    for commit in commits:
+        shutil.copytree(folder / "vit", place / "snapshots" / commit)
+    file = place / "snapshots" / commits[1] / "model.safetensors"
+    changed = {name: tensor + 1.0 for name, tensor in load_file(file).items()}
+    save_file(changed, file, metadata={"format": "pt"})
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commits[0])
+    tower = vision_tower("somebody/vit", image_size=SIZE, frozen=False)
+    assert tower.commit == commits[0]
+    (place / "refs" / "main").write_text(commits[1])
+    first = read_weights("somebody/vit", "vision", commit=tower.commit)
+    newest = read_weights("somebody/vit", "vision")
+    expected = read_weights(str(folder / "vit"), "vision")
+    for name, tensor in expected.items():
+        assert torch.equal(first[name], tensor)
+        assert torch.equal(newest[name], tensor + 1.0)
+
+
 def test_the_text_tower_brings_its_tokenizer(folder: Path) -> None:
     assert make_config(folder).tokenizer.path == str(folder / "bert")
 
@@ -254,6 +382,7 @@ def test_the_text_tower_brings_its_tokenizer(folder: Path) -> None:
         ({"max_text_tokens": 25}, "is more than the 24 positions"),
         ({"size": "base"}, "size has no effect on pretrain.encoder.kind=towers"),
         ({"kind": "multiway"}, "vision has no effect on pretrain.encoder.kind=multiway"),
+        ({"frozen": ["vision", "text"], "tower_rate": 0.5}, "tower_rate=0.5 has no effect"),
         ({"frozen": ["sound"]}, "is not one of vision, text"),
     ],
 )
@@ -261,7 +390,7 @@ def test_mistakes_are_told_in_a_line(folder: Path, changes: dict[str, Any], mess
     placed = {
         key: str(folder / value) if value in ("bert", "vit") else value
         for key, value in changes.items()
-        if isinstance(value, (str, int, type(None)))
+        if isinstance(value, (str, int, float, type(None)))
     }
     with pytest.raises(UserError, match=message) as caught:
         make_config(folder, **{**changes, **placed}).encoder.architecture(VOCABULARY)
