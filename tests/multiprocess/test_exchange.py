@@ -102,4 +102,6 @@ def lose_a_rank() -> str | None:
 def test_a_lost_rank_is_named_by_the_others() -> None:
     seen = run_ranks(lose_a_rank, 3)
     for rank in (0, 2):
-        assert re.search(rf"rank {rank} of 3 failed .*: rank 1 does not answer within 3 s", seen[rank])
+        assert re.search(
+            rf"rank {rank} of 3 failed .*: rank 1 does not answer within 3 s", seen[rank]
+        )
