@@ -49,7 +49,6 @@ class Watchdog:
         self._folder = log_dir
         self._beats = 0
         self._lock = threading.Lock()  # batches are made, and beat, in a thread
-        self._lock = threading.Lock()  # batches are made, and beat, in a thread
         self._last = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -70,7 +69,6 @@ class Watchdog:
     def beat(self) -> None:
         """Tell that this rank has got on, as often as every other; cheap enough for any place."""
         with self._lock:
-            with self._lock:
             self._beats += 1
         self.alive()
 
