@@ -6,13 +6,17 @@ python benchmarks/bench_loader.py waiting   (about 5 minutes)
 Each writes benchmarks/results/loader_<part>.json. All loaders turn the same JPEG bytes, shuffled,
 into batches of uint8 (batch, size, size, 3), cropped and flipped at random, in processes of their
 own, one after the other, round by round. ``same_pixels`` peers call our decoder, so that only the
-loaders differ; the ``pillow`` ones decode and resize with Pillow, as their users commonly do.
+loaders differ; the ``pillow`` ones decode and resize with Pillow, as their users commonly do. Every
+loader runs with every number of workers, and reads as many shards with each of its workers.
+``decode_only`` is one thread that reads nothing: the two decoders on the same bytes, crops and
+sizes.
 """
 
 import argparse
 import io
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -46,7 +50,7 @@ Decode = Callable[[bytes, int, int], Pixels]
 STREAMING = "mosaicml-streaming==0.13.0"
 # What Streaming imports without its clients of clouds; torch and the rest are taken from here.
 STREAMING_NEEDS = ("brotli", "catalogue", "python-snappy", "xxhash", "zstd")
-SAMPLES_PER_SHARD = 1000
+SAMPLES_PER_SHARD = 1000  # about: so that every worker has equally many shards
 SHUFFLE_BUFFER = 1000  # samples, of webdataset
 SIZES = ((256, 256), (256, 192), (192, 256), (256, 170))
 
@@ -78,11 +82,18 @@ def main() -> None:
     for name in ("size", "batch", "workers"):
         child.add_argument(f"--{name}", type=int, required=True)
     child.add_argument("--data", type=Path, required=True)
+    child = parts.add_parser("decode", help="the decoders alone, by itself")
+    child.add_argument("--pictures", type=Path, required=True, help="folder of JPEGs")
+    child.add_argument("--size", type=int, required=True)
+    child.add_argument("--repeats", type=int, required=True)
     child = parts.add_parser("write-mds", help="Streaming's copy of the data, by itself")
     child.add_argument("--data", type=Path, required=True)
     options = parser.parse_args()
     if options.part == "read":
         print(json.dumps(read(options)))
+        return
+    if options.part == "decode":
+        print(json.dumps(decode_only(options)))
         return
     if options.part == "write-mds":
         write_mds(options.data)
@@ -105,8 +116,7 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _child(peer, folder, "write-mds", "--data", str(data))
     variants = [
         *itertools.product(["alignrec"], ["same_pixels"], options.workers),
-        *itertools.product(["webdataset", "streaming"], ["same_pixels"], options.workers),
-        *itertools.product(["webdataset", "streaming"], ["pillow"], options.workers[:1]),
+        *itertools.product(["webdataset", "streaming"], DECODERS, options.workers),
     ]
     passes: dict[tuple[str, str, int], list[dict[str, float]]] = {v: [] for v in variants}
     for _ in range(options.repeats):
@@ -135,6 +145,7 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for (reader, pixels, workers), rate in rates.items()
             if reader != "alignrec"
         },
+        "decode_only": _decode_only(peer, folder, options),
         "passes": {"_".join(map(str, variant)): found for variant, found in passes.items()},
         "streaming": STREAMING,
     }
@@ -145,24 +156,35 @@ def write_dataset(folder: Path, options: argparse.Namespace) -> Path:
     from picture_host import draw, numbered
 
     sizes = [(width * options.scale, height * options.scale) for width, height in SIZES]
-    drawn = draw(folder.parent / f"drawn-{options.scale}", num=options.drawn, sizes=sizes)
+    drawn = draw(_drawn(folder.parent, options), num=options.drawn, sizes=sizes)
     pictures = [path.read_bytes() for path in drawn]
-    settings = {"pictures": options.pictures, "drawn": options.drawn, "scale": options.scale}
+    multiple = math.lcm(*options.workers)
+    num_shards = multiple * max(1, round(options.pictures / SAMPLES_PER_SHARD / multiple))
+    bounds = np.linspace(0, options.pictures, num_shards + 1).astype(int).tolist()
+    settings = {
+        "pictures": options.pictures,
+        "drawn": options.drawn,
+        "scale": options.scale,
+        "shards": num_shards,
+    }
     mark = artifacts.fingerprint("bench_loader", 1, settings, {})
     with artifacts.writing(
         folder, kind="dataset", fingerprint=mark, config=settings, inputs={}
     ) as draft:
         (draft.path / "shards").mkdir(exist_ok=True)
         rows = []
-        for start in range(0, options.pictures, SAMPLES_PER_SHARD):
-            name = f"shards/{start // SAMPLES_PER_SHARD:06d}.tar"
-            indices = range(start, min(start + SAMPLES_PER_SHARD, options.pictures))
+        for number, indices in enumerate(map(range, bounds[:-1], bounds[1:])):
+            name = f"shards/{number:06d}.tar"
             contents = (numbered(pictures[index % len(pictures)], index) for index in indices)
             rows += write_shard(draft.path / name, name, zip(indices, contents, strict=True))
         pq.write_table(
             pa.Table.from_pylist(rows, schema=schema.SAMPLES), draft.path / "samples.parquet"
         )
     return folder
+
+
+def _drawn(folder: Path, options: argparse.Namespace) -> Path:
+    return folder / f"drawn-{options.scale}"
 
 
 def write_shard(
@@ -207,6 +229,17 @@ def _pass(
     }
 
 
+def _decode_only(
+    peer: Path, folder: Path, options: argparse.Namespace
+) -> dict[str, float | list[float]]:
+    words = ("--pictures", _drawn(folder, options), "--size", options.size)
+    _child(peer, folder, "decode", *map(str, words), "--repeats", str(options.repeats))
+    told: dict[str, float | list[float]] = json.loads(
+        (folder / "read.log").read_text().splitlines()[-1]
+    )
+    return told
+
+
 def _child(python: Path, folder: Path, *words: str) -> Cost:
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [str(python), "-W", "ignore", str(Path(__file__).resolve()), *words]
@@ -228,6 +261,24 @@ def read(options: argparse.Namespace) -> dict[str, float]:
         "samples": len(first) + later,
         "samples_per_second": round(later / seconds, 1),
         "seconds_to_first_batch": round(started - began, 3),
+    }
+
+
+def decode_only(options: argparse.Namespace) -> dict[str, float | list[float]]:
+    """Decode all pictures in one thread, by either decoder in turn; pictures a second."""
+    torch.set_num_threads(1)
+    contents = [path.read_bytes() for path in sorted(options.pictures.iterdir())]
+    rates: dict[str, list[float]] = {"alignrec": [], "pillow": []}
+    for repeat in range(options.repeats + 1):
+        for name, decode_one in zip(rates, (decode_ours, decode_pillow), strict=True):
+            started = time.monotonic()
+            for number, content in enumerate(contents):
+                decode_one(content, number, options.size)
+            if repeat:  # the first pass imports and allocates
+                rates[name].append(round(len(contents) / (time.monotonic() - started), 1))
+    ours, pillow = map(statistics.median, rates.values())
+    return {"times_pillow": round(ours / pillow, 3)} | {
+        f"{name}_pictures_per_second": found for name, found in rates.items()
     }
 
 

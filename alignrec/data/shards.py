@@ -31,6 +31,7 @@ B = TypeVar("B")
 
 _MAX_OPEN_SHARDS = 64
 _FRESH_SECONDS = 1.0  # how precisely the cache knows what was used last, and we what it removed
+_IDLE_SECONDS = 1.0  # a removed copy that is still being read would be fetched again
 _FETCHES_AT_ONCE = 4
 # Batches that are looked at before they are read.
 _AHEAD_AT_FIRST, _AHEAD_GROWTH, _MOST_AHEAD = 8, 3, 16_384
@@ -202,11 +203,11 @@ class ShardReader:
         self._close_removed()
 
     def _close_removed(self) -> None:
-        """Close shards whose file is gone: an open one would keep its place on the disk."""
+        """Close idle shards whose file is gone: an open one would keep its place on the disk."""
         self._next_look = time.monotonic() + _FRESH_SECONDS
         with self._lock:
             opened = [(n, f.result()) for n, f in self._open.items() if f.done()]
-            for number in [number for number, shard in opened if shard.is_removed()]:
+            for number in [number for number, shard in opened if shard.is_left()]:
                 del self._open[number]
 
 
@@ -249,7 +250,8 @@ class _OpenShard:
 
     def __init__(self, descriptor: int, *, keep_fresh: bool) -> None:
         self._descriptor = descriptor
-        self._fresh_until = time.monotonic() + _FRESH_SECONDS if keep_fresh else math.inf
+        self._last_read = time.monotonic()
+        self._fresh_until = self._last_read + _FRESH_SECONDS if keep_fresh else math.inf
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -265,14 +267,16 @@ class _OpenShard:
         content = os.pread(self._descriptor, size, offset)
         if len(content) != size:
             raise EOFError
-        if time.monotonic() > self._fresh_until:
-            self._fresh_until = time.monotonic() + _FRESH_SECONDS
+        self._last_read = time.monotonic()
+        if self._last_read > self._fresh_until:
+            self._fresh_until = self._last_read + _FRESH_SECONDS
             mark_used(self._descriptor)
         return content
 
-    def is_removed(self) -> bool:
-        """Say whether the file has no name any more."""
-        return os.fstat(self._descriptor).st_nlink == 0
+    def is_left(self) -> bool:
+        """Say whether the file has no name any more, and was not read lately."""
+        idle = time.monotonic() - self._last_read > _IDLE_SECONDS
+        return idle and os.fstat(self._descriptor).st_nlink == 0
 
 
 def open_shards(

@@ -303,10 +303,19 @@ def test_shards_are_fetched_before_they_are_read(
     reader.close()
 
 
+def idle_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a removed shard one to close this long after it was read."""
+    monkeypatch.setattr("alignrec.data.shards._IDLE_SECONDS", seconds)
+
+
 def test_no_more_is_fetched_ahead_than_the_cache_holds(
-    tmp_path: Path, dataset: Path, shards: tuple[ShardFile, ...]
+    tmp_path: Path,
+    dataset: Path,
+    shards: tuple[ShardFile, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With room for three shards, two ahead: a pass in order fetches each shard once."""
+    idle_after(60.0, monkeypatch)
     reader = reader_of(dataset, tmp_path, shards, num_shards=3)
     batches = [np.arange(start, start + 5) for start in range(0, 60, 5)]
     for rows in reader.fetched_ahead(batches, lambda rows: rows):
@@ -318,8 +327,12 @@ def test_no_more_is_fetched_ahead_than_the_cache_holds(
 
 
 def test_open_shards_do_not_keep_the_place_of_removed_ones(
-    tmp_path: Path, dataset: Path, shards: tuple[ShardFile, ...]
+    tmp_path: Path,
+    dataset: Path,
+    shards: tuple[ShardFile, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    idle_after(-1.0, monkeypatch)
     reader = reader_of(dataset, tmp_path, shards, num_shards=2)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for row in range(60):
@@ -348,7 +361,10 @@ def test_mistakes_are_told_before_anything_is_fetched(
 
 
 def test_a_cache_smaller_than_a_window_is_refused(
-    tmp_path: Path, dataset: Path, shards: tuple[ShardFile, ...]
+    tmp_path: Path,
+    dataset: Path,
+    shards: tuple[ShardFile, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = PretrainConfig()
     write_tokenizer(dataset, config.tokenizer, tmp_path / "tokenizer.json")
@@ -364,6 +380,10 @@ def test_a_cache_smaller_than_a_window_is_refused(
         opened()
     opened(block_size=10, window_size=10)
     assert not CountedFileSystem.fetched
+    sizes = iter([0, 0, 2**60])
+    monkeypatch.setattr(ShardReader, "bytes_of", lambda *_: next(sizes, 0))
+    with pytest.raises(UserError, match=str(2**60)):  # not only the first window
+        opened(block_size=10, window_size=10)
 
 
 def test_a_prefetch_that_failed_is_not_tried_again(
@@ -426,6 +446,7 @@ def test_removed_copies_do_not_stay_open(
     shards: tuple[ShardFile, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    idle_after(-1.0, monkeypatch)
     reader = reader_of(dataset, tmp_path, shards, num_shards=3)
     for row in (0, 10, 20):
         reader.read(row)
@@ -443,8 +464,25 @@ def test_removed_copies_do_not_stay_open(
     reader.close()
 
 
-def test_readers_of_different_shards_leave_each_other_room(tmp_path: Path) -> None:
+def test_a_removed_copy_stays_open_while_it_is_read(
+    tmp_path: Path,
+    dataset: Path,
+    shards: tuple[ShardFile, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    idle_after(60.0, monkeypatch)
+    reader = reader_of(dataset, tmp_path, shards, num_shards=1)
+    for row in (0, 10, 1, 11):
+        reader.read(row)
+    assert set(CountedFileSystem.fetched.values()) == {1}
+    reader.close()
+
+
+def test_readers_of_different_shards_leave_each_other_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two read ten shards each through a cache of eight, in step: all are fetched once."""
+    idle_after(60.0, monkeypatch)
     dataset = write_dataset(tmp_path / "d", num_items=100, samples_per_shard=5, image_size=16)
     table = SampleTable.read(dataset)
     files = shard_files(dataset, table.shard_names)
