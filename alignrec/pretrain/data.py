@@ -11,7 +11,6 @@ from alignrec.data.loader import ItemReader, Loader, MicroBatch, Plan
 from alignrec.data.order import held_out_rows
 from alignrec.data.shards import SampleTable, ShardReader, open_shards
 from alignrec.errors import UserError
-from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import LoaderConfig, PretrainConfig
 from alignrec.pretrain.masking import MaskSettings, draw_masks
 from alignrec.pretrain.objective import MaskedBatch
@@ -145,13 +144,13 @@ def split_rows(table: SampleTable, config: PretrainConfig) -> Split:
 
 def mask_settings(config: PretrainConfig, words: Words) -> MaskSettings:
     """Return what decides the masks."""
-    architecture: Architecture = config.encoder.architecture(words.vocabulary_size)
+    encoder = config.encoder  # its architecture may ask a hub, which rank 0 alone does
     return MaskSettings(
         seed=config.seed,
         patch_ratio=config.objective.patch_ratio,
         paired_text_ratio=config.objective.paired_text_ratio,
         alone_text_ratio=config.objective.alone_text_ratio,
-        patches_per_side=architecture.patches_per_side,
+        patches_per_side=encoder.image_size // encoder.patch_size,
         mask_id=words.mask_id,
         special_ids=words.special_ids,
         vocabulary_size=words.vocabulary_size,
