@@ -1,14 +1,19 @@
 """Rows and marks that a killed extraction goes on from."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from alignrec import artifacts
 from alignrec.data.shared_array import SharedArray, create_array
+from alignrec.distributed.process_group import Rank, rank_from_environment
 from alignrec.features import extraction
 from alignrec.features.config import FeaturesConfig
+from alignrec.stage import Context
+from alignrec.telemetry import Telemetry
+from alignrec.testing.datasets import write_dataset
 
 
 @pytest.mark.parametrize("index", [[2, 3, 4], [0, 1, 5, 8, 9], [7]])
@@ -56,3 +61,40 @@ def test_a_kill_between_the_files_starts_again(
     files.create()
     assert np.load(files.raw).shape == (20, 3)
     assert not np.load(files.done).any()
+
+
+def test_ranks_of_a_host_are_what_the_launcher_says() -> None:
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert rank_from_environment(torchrun).local_world_size == 4
+    assert rank_from_environment({"RANK": "1", "WORLD_SIZE": "2"}).local_world_size == 2
+    assert rank_from_environment({}).local_world_size == 1
+
+
+def test_ranks_share_the_look_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read different shards, so a third of the look-ahead is each one's."""
+    told: list[int] = []
+
+    def opened(*_: object, num_readers: int) -> None:
+        told.append(num_readers)
+        raise KeyboardInterrupt
+
+    (tmp_path / "draft" / artifacts.WORK).mkdir(parents=True)
+    dataset = write_dataset(tmp_path / "d", num_items=20, image_size=16)
+    monkeypatch.setattr(extraction, "open_shards", opened)
+    encoder = SimpleNamespace(architecture=SimpleNamespace(width=8))
+    encoder.to = lambda _: encoder
+    monkeypatch.setattr(extraction, "load_encoder", lambda _: encoder)
+    with pytest.raises(KeyboardInterrupt):
+        extraction._extract(
+            FeaturesConfig(),
+            Context(
+                output=tmp_path / "out",
+                log_dir=tmp_path,
+                fingerprint="",
+                inputs={"dataset": dataset, "encoder": tmp_path},
+            ),
+            artifacts.Draft(tmp_path / "draft"),
+            Rank(local_world_size=3),
+            Telemetry(tmp_path, "features", enabled=False),
+        )
+    assert told == [3]
