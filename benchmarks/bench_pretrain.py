@@ -31,12 +31,12 @@ import torch
 from measuring import RESULTS, write_result
 from torch import Tensor, nn
 
-from alignrec import configuration
+from alignrec import artifacts, configuration
 from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import SIZES, PretrainConfig
 from alignrec.pretrain.data import open_training_data
-from alignrec.pretrain.encoder import patchify
+from alignrec.pretrain.encoder import patchify, write_architecture
 from alignrec.pretrain.engine import deepspeed_group
 from alignrec.pretrain.objective import MaskedBatch, MaskedModel, build_model, loss_weights
 from alignrec.pretrain.optimizer import parameter_groups
@@ -121,6 +121,9 @@ def open_trainer(
     opened = open_training_data(folder / "dataset", config, words, num_ranks=rank.world_size)
     telemetry = Telemetry(folder, "pretrain", enabled=False)
     with tempfile.TemporaryDirectory() as work, contextlib.closing(opened) as data:
+        folder = Path(work) / artifacts.WORK
+        folder.mkdir()
+        write_architecture(config.encoder.architecture(words.vocabulary_size), folder)
         trainer = Trainer(config, data, words, rank, telemetry, Path(work))
         trainer.resume()
         yield trainer
