@@ -7,6 +7,7 @@ from unittest import mock
 
 from alignrec.pretrain import STAGE, training
 from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.masking import MaskSettings
 from alignrec.stage import Context
 
 TINY_ENCODER = {
@@ -17,6 +18,18 @@ TINY_ENCODER = {
     "image_size": 16,
     "patch_size": 4,
 }
+
+# of pictures of TINY_ENCODER and of texts of 50 words
+TINY_MASKS = MaskSettings(
+    seed=1,
+    patch_ratio=0.4,
+    paired_text_ratio=0.5,
+    alone_text_ratio=0.15,
+    patches_per_side=4,
+    mask_id=4,
+    special_ids=(0, 1, 2),
+    vocabulary_size=50,
+)
 
 
 class _VanishedError(Exception):

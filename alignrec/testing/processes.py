@@ -10,6 +10,24 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _JOIN_SECONDS = 5.0
+# Source of a program that runs the align stage by the arguments after the first, and dies in the
+# middle of writing checkpoint number argv[1].
+DIES_IN_CHECKPOINT = """
+import os, signal, sys
+from alignrec import artifacts
+from alignrec.align import STAGE
+from alignrec.stage import main
+saves = 0
+whole = artifacts.checksums
+def checksums(folder):
+    global saves
+    saves += folder.parent.name == "checkpoints"
+    if saves == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(folder)
+artifacts.checksums = checksums
+sys.exit(main(STAGE, sys.argv[2:]))
+"""
 
 
 def free_port() -> int:

@@ -21,29 +21,12 @@ from alignrec.telemetry import read_history
 from alignrec.testing import results
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
-from alignrec.testing.processes import run_ranks
+from alignrec.testing.processes import DIES_IN_CHECKPOINT, run_ranks
 
 pytestmark = pytest.mark.integration
 
 NUM_USERS, NUM_ITEMS = 40, 30
 SETTINGS = {"embedding_dim": 8, "batch_size": 50, "epochs": 4, "learning_rate": 0.01}
-# Runs the stage and dies in the middle of writing checkpoint number argv[1].
-DYING = """
-import os, signal, sys
-from alignrec import artifacts
-from alignrec.align import STAGE
-from alignrec.stage import main
-saves = 0
-whole = artifacts.checksums
-def checksums(folder):
-    global saves
-    saves += folder.parent.name == "checkpoints"
-    if saves == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(folder)
-artifacts.checksums = checksums
-sys.exit(main(STAGE, sys.argv[2:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +136,7 @@ def test_a_killed_run_continues_to_the_same_bits(folders: dict[str, Path], tmp_p
     run_stage(STAGE, folders, tmp_path / "whole", settings)
     output = tmp_path / "killed"
     for save in ("2", "3"):
-        died = run_command("-c", DYING, save, *arguments(folders, output, settings))
+        died = run_command("-c", DIES_IN_CHECKPOINT, save, *arguments(folders, output, settings))
         assert died.returncode == -9, died.stderr
         assert not output.exists()
     finished = run_command("-m", "alignrec.align", *arguments(folders, output, settings))

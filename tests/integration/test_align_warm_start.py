@@ -22,30 +22,13 @@ from alignrec.telemetry import read_history
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
 from alignrec.testing.growth import write_features_part, write_part
-from alignrec.testing.processes import run_ranks
+from alignrec.testing.processes import DIES_IN_CHECKPOINT, run_ranks
 
 pytestmark = pytest.mark.integration
 
 Folders = dict[str, Path]
 DAYS = {"first": (108, 270), "second": (120, 300)}  # items and users
 SETTINGS = {"embedding_dim": 8, "batch_size": 500, "epochs": 3, "learning_rate": 0.01}
-# Dies in the middle of writing its second checkpoint.
-DYING = """
-import os, signal, sys
-from alignrec import artifacts
-from alignrec.align import STAGE
-from alignrec.stage import main
-saves = 0
-whole = artifacts.checksums
-def checksums(folder):
-    global saves
-    saves += folder.parent.name == "checkpoints"
-    if saves == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return whole(folder)
-artifacts.checksums = checksums
-sys.exit(main(STAGE, sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +176,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     plain = {k: v for k, v in settings.items() if k != "initial"}
     words += [part for k, v in plain.items() for part in ("--set", f"align.{k}={v}")]
     died = subprocess.run(
-        [sys.executable, "-c", DYING, *words],
+        [sys.executable, "-c", DIES_IN_CHECKPOINT, "2", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

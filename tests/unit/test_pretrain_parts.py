@@ -24,24 +24,14 @@ from alignrec.pretrain.encoder import (
     save_encoder,
     unpatchify,
 )
-from alignrec.pretrain.masking import MaskSettings, draw_masks, mask_blocks, replace_words
+from alignrec.pretrain.masking import draw_masks, mask_blocks, replace_words
 from alignrec.pretrain.objective import MaskedBatch, build_model
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import load_words, train, write_tokenizer
 from alignrec.testing.datasets import write_dataset
-from alignrec.testing.pretraining import TINY_ENCODER
+from alignrec.testing.pretraining import TINY_ENCODER, TINY_MASKS
 
 TINY = {"encoder": TINY_ENCODER}
-MASKS = MaskSettings(
-    seed=1,
-    patch_ratio=0.4,
-    paired_text_ratio=0.5,
-    alone_text_ratio=0.15,
-    patches_per_side=4,
-    mask_id=4,
-    special_ids=(0, 1, 2),
-    vocabulary_size=50,
-)
 
 
 def make_config(**section: object) -> PretrainConfig:
@@ -211,10 +201,10 @@ def test_masked_patches_are_exact_in_number_and_mostly_in_blocks(side: int, coun
 def test_masks_depend_on_epoch_and_item_alone() -> None:
     batch = make_batch(num_items=4)
     alone = ItemBatch(*(getattr(batch, name)[2:3] for name in ITEM_FIELDS))
-    among, single = draw_masks(batch, MASKS, epoch=3), draw_masks(alone, MASKS, epoch=3)
+    among, single = draw_masks(batch, TINY_MASKS, epoch=3), draw_masks(alone, TINY_MASKS, epoch=3)
     assert np.array_equal(among.patches[2], single.patches[0])
     assert np.array_equal(among.tokens[2], single.tokens[0])
-    later = draw_masks(batch, MASKS, epoch=4)
+    later = draw_masks(batch, TINY_MASKS, epoch=4)
     assert not np.array_equal(among.patches, later.patches)
 
 
@@ -225,7 +215,7 @@ def test_shares_of_masked_tokens_and_no_mask_where_nothing_is() -> None:
     batch = make_batch(num_items=3, length=22)
     batch.has_image[1] = False
     batch.item_index[2] = NO_ITEM
-    masks = draw_masks(batch, MASKS, epoch=0)
+    masks = draw_masks(batch, TINY_MASKS, epoch=0)
     assert masks.text.sum(axis=1).tolist() == [10, 3, 0]  # half, 15 % rounded up, padding
     assert masks.patches.sum(axis=1).tolist() == [6, 0, 0]
     assert not masks.text[:, [0, -1]].any()  # the ends of a text are never masked
@@ -234,21 +224,21 @@ def test_shares_of_masked_tokens_and_no_mask_where_nothing_is() -> None:
 
 def test_masked_tokens_become_mask_random_or_stay() -> None:
     tokens = np.full(20_000, 30)
-    shown = replace_words(tokens, MASKS, np.random.default_rng(0))
-    assert (shown == MASKS.mask_id).mean() == pytest.approx(0.8, abs=0.01)
+    shown = replace_words(tokens, TINY_MASKS, np.random.default_rng(0))
+    assert (shown == TINY_MASKS.mask_id).mean() == pytest.approx(0.8, abs=0.01)
     assert (shown == 30).mean() == pytest.approx(0.1, abs=0.01)
-    assert shown.min() > max(MASKS.special_ids)
+    assert shown.min() > max(TINY_MASKS.special_ids)
 
 
 def test_two_halves_of_a_batch_add_up_to_the_whole() -> None:
     config = make_config()
     model = build_model(config.encoder.architecture(50), config.objective, seed=0)
     items = make_batch(num_items=4)
-    whole = MaskedBatch.of(items, draw_masks(items, MASKS, epoch=0))
+    whole = MaskedBatch.of(items, draw_masks(items, TINY_MASKS, epoch=0))
     parts = []
     for part in (slice(0, 1), slice(1, 4)):
         share = ItemBatch(*(getattr(items, name)[part] for name in ITEM_FIELDS))
-        parts.append(MaskedBatch.of(share, draw_masks(share, MASKS, epoch=0)))
+        parts.append(MaskedBatch.of(share, draw_masks(share, TINY_MASKS, epoch=0)))
     assert torch.equal(sum(p.counts() for p in parts), whole.counts())
     total = sum(model(part)[0] for part in parts)
     torch.testing.assert_close(total, model(whole)[0], rtol=1e-5, atol=1e-5)
@@ -258,7 +248,7 @@ def test_without_summary_weight_the_objective_is_beit3s() -> None:
     config = make_config(objective={"summary_weight": 0})
     model = build_model(config.encoder.architecture(50), config.objective, seed=0)
     items = make_batch()
-    losses, _ = model(MaskedBatch.of(items, draw_masks(items, MASKS, epoch=0)))
+    losses, _ = model(MaskedBatch.of(items, draw_masks(items, TINY_MASKS, epoch=0)))
     assert losses[:2].min() > 0
     assert losses[2:].tolist() == [0, 0]
 
@@ -292,7 +282,7 @@ def test_special_tokens_may_lie_anywhere_and_are_never_masked(tmp_path: Path) ->
     words = load_words(tmp_path / "t.json", max_length=12)
     assert words.special_ids == (0, 2, 5)
     settings = dataclasses.replace(
-        MASKS, mask_id=words.mask_id, special_ids=words.special_ids, vocabulary_size=6
+        TINY_MASKS, mask_id=words.mask_id, special_ids=words.special_ids, vocabulary_size=6
     )
     rng = np.random.default_rng(0)
     assert set(replace_words(np.full(500, 1), settings, rng)) == {1, 3, 4}

@@ -16,7 +16,7 @@ from alignrec.pretrain import STAGE, planning
 from alignrec.pretrain.codebook import Codebook, learn_codebook
 from alignrec.pretrain.config import ObjectiveConfig, PretrainConfig
 from alignrec.pretrain.encoder import cut_patches, patchify
-from alignrec.pretrain.masking import MaskSettings, draw_masks
+from alignrec.pretrain.masking import draw_masks
 from alignrec.pretrain.objective import MaskedBatch, MaskedModel, build_model
 from alignrec.pretrain.targets import (
     CodebookTarget,
@@ -29,18 +29,8 @@ from alignrec.pretrain.verdict import verdict
 from alignrec.pretrain.vqkd import VqkdTokenizer
 from alignrec.telemetry import Telemetry
 from alignrec.testing.datasets import write_dataset
-from alignrec.testing.pretraining import TINY_ENCODER
+from alignrec.testing.pretraining import TINY_ENCODER, TINY_MASKS
 
-MASKS = MaskSettings(
-    seed=1,
-    patch_ratio=0.4,
-    paired_text_ratio=0.5,
-    alone_text_ratio=0.15,
-    patches_per_side=4,
-    mask_id=4,
-    special_ids=(0, 1, 2),
-    vocabulary_size=50,
-)
 CONFIG: PretrainConfig = configuration.build(
     PretrainConfig, {"encoder": TINY_ENCODER}, section="pretrain"
 )
@@ -106,7 +96,7 @@ def make_items() -> ItemBatch:
 
 
 def mask(items: ItemBatch) -> MaskedBatch:
-    return MaskedBatch.of(items, draw_masks(items, MASKS, epoch=0))
+    return MaskedBatch.of(items, draw_masks(items, TINY_MASKS, epoch=0))
 
 
 def rows(items: ItemBatch, part: slice) -> ItemBatch:
