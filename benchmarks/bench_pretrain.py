@@ -32,6 +32,7 @@ from measuring import RESULTS, write_result
 from torch import Tensor, nn
 
 from alignrec import artifacts, configuration
+from alignrec.distributed.host_memory import freed_memory_kept
 from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import SIZES, PretrainConfig
@@ -235,7 +236,7 @@ class PlainLoop:
 def measure_ours(folder: Path, options: argparse.Namespace) -> list[Speed]:
     """Measure the stage's step, a round whenever it is this side's turn."""
     torch.set_num_threads(options.threads)
-    with process_group() as rank, deepspeed_group():
+    with process_group() as rank, deepspeed_group(), freed_memory_kept():
         zero_stage = options.stages[0]
         with open_trainer(folder, options, rank, zero_stage=zero_stage) as trainer:
             batches = ready_batches(trainer)
@@ -284,7 +285,15 @@ def alternate(
         _wait(folder / f"ready_{turn}_{1 - side}")
         if side != turn % 2:
             _wait(folder / f"done_{turn}_{1 - side}")
-        speeds.append(timed(step, options.steps, samples=options.batch, device="cpu"))
+        first = turn * options.steps
+        speeds.append(
+            timed(
+                lambda n, first=first: step(first + n),
+                options.steps,
+                samples=options.batch,
+                device="cpu",
+            )
+        )
         (folder / f"done_{turn}_{side}").touch()
         _wait(folder / f"done_{turn}_{1 - side}")
     return speeds
@@ -336,6 +345,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> Speed:
     with (
         process_group() as rank,
         deepspeed_group(),
+        freed_memory_kept(),
         open_trainer(folder, options, rank, zero_stage=options.stages[0]) as trainer,
     ):
         batches = ready_batches(trainer)
@@ -375,6 +385,7 @@ def measure_stage(folder: Path, options: argparse.Namespace, stage: int) -> dict
     with (
         process_group() as rank,
         deepspeed_group(),
+        freed_memory_kept(),
         open_trainer(folder, options, rank, zero_stage=stage) as trainer,
     ):
         batches = ready_batches(trainer)

@@ -18,6 +18,7 @@ from alignrec.data.loader import ItemBatch, ItemReader, Loader, MicroBatch
 from alignrec.data.order import permutation_key, permute
 from alignrec.data.shards import SampleTable, ShardReader, open_shards
 from alignrec.data.shared_array import SharedArray, create_array
+from alignrec.distributed.host_memory import freed_memory_kept
 from alignrec.distributed.peers import lost_peers_reported
 from alignrec.distributed.process_group import (
     Rank,
@@ -46,6 +47,7 @@ def run(config: FeaturesConfig, context: Context) -> None:
         telemetry.rewind(0)
         with (
             process_group(timeout_seconds=config.timeout_seconds),
+            freed_memory_kept(),
             lost_peers_reported(rank, doing="extracting features"),
         ):
             if rank.is_first:

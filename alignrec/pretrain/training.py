@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alignrec import artifacts, checkpoint, configuration
+from alignrec.distributed.host_memory import freed_memory_kept
 from alignrec.distributed.peers import lost_peers_reported
 from alignrec.distributed.process_group import (
     Rank,
@@ -77,6 +78,7 @@ def run(config: PretrainConfig, context: Context) -> None:
         with (
             process_group(timeout_seconds=config.timeout_seconds),
             deepspeed_group(),
+            freed_memory_kept(),
             lost_peers_reported(rank, doing="pretraining"),
         ):
             config.split_batch(rank.world_size)  # a mistake here is told before anything is written
