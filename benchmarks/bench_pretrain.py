@@ -143,15 +143,15 @@ def ready_batches(trainer: Trainer) -> list[list[MaskedBatch]]:
     ]
 
 
-def timed(step: Callable[[int], float], count: int, *, samples: int, device: str) -> Speed:
-    """Return what ``count`` steps take."""
+def timed(step: Callable[[int], float], numbers: range, *, samples: int, device: str) -> Speed:
+    """Return what the steps of these numbers take."""
     started, used = time.monotonic(), time.process_time()
-    for number in range(count):
+    for number in numbers:
         loss = step(number)
     if device == "cuda":
         torch.cuda.synchronize()
     return Speed(
-        samples * count, time.monotonic() - started, time.process_time() - used, float(loss)
+        samples * len(numbers), time.monotonic() - started, time.process_time() - used, float(loss)
     )
 
 
@@ -285,15 +285,8 @@ def alternate(
         _wait(folder / f"ready_{turn}_{1 - side}")
         if side != turn % 2:
             _wait(folder / f"done_{turn}_{1 - side}")
-        first = turn * options.steps
-        speeds.append(
-            timed(
-                lambda n, first=first: step(first + n),
-                options.steps,
-                samples=options.batch,
-                device="cpu",
-            )
-        )
+        steps = range(turn * options.steps, (turn + 1) * options.steps)
+        speeds.append(timed(step, steps, samples=options.batch, device="cpu"))
         (folder / f"done_{turn}_{side}").touch()
         _wait(folder / f"done_{turn}_{1 - side}")
     return speeds
@@ -357,7 +350,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> Speed:
             step(number)
         barrier(rank)
         samples = trainer.config.global_batch_size
-        return timed(step, options.steps, samples=samples, device="cpu")
+        return timed(step, range(options.steps), samples=samples, device="cpu")
 
 
 def ranks(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -402,7 +395,7 @@ def measure_stage(folder: Path, options: argparse.Namespace, stage: int) -> dict
             torch.cuda.reset_peak_memory_stats()
         barrier(rank)
         samples = trainer.config.global_batch_size
-        speed = timed(step, options.steps, samples=samples, device=options.device)
+        speed = timed(step, range(options.steps), samples=samples, device=options.device)
         flops = options.steps * values["num_flops"] / speed.seconds
         return {"samples_per_second": _per_second(speed)} | trainer.usage(flops)
 
