@@ -1,13 +1,15 @@
 """Speed of a pretraining step: against torchscale in a plain loop, of several ranks, by ZeRO stage.
 
     python benchmarks/bench_pretrain.py reference            # our step against the reference's
+    python benchmarks/bench_pretrain.py reference --compile  # ours compiled; or --precision bf16
     python benchmarks/bench_pretrain.py ranks --ranks 2      # one core a rank, against one rank
     python benchmarks/bench_pretrain.py zero --device cuda --size base --precision bf16 --batch 64
 
 The catalogue is synthetic: pictures of ``--image-size``, texts of made-up words whose lengths
 spread as those of film plots do. Batches are what the loader makes of it: padded to the batch's
 longest text. ``reference`` is torchscale's BEiT-3 with the same heads, at masked positions alone,
-and the same weights in the loop that everybody writes (zero_grad, forward, backward, clip, AdamW).
+and the same weights in the loop that everybody writes (zero_grad, forward, backward, clip, AdamW),
+always in fp32 and not compiled.
 """
 
 import argparse
@@ -468,7 +470,8 @@ def main() -> None:
         write_catalogue(Path(folder), options)
         result = work(Path(folder), options)
     result["versions_compared"] = {n: metadata.version(n) for n in ("deepspeed", "torchscale")}
-    name = f"pretrain_{options.what}_{options.size}_{options.device}.json"
+    how = [options.precision] * (options.precision != "fp32") + ["compiled"] * options.compile
+    name = "_".join(["pretrain", options.what, options.size, options.device, *how]) + ".json"
     write_result(options.output or RESULTS / name, vars(options), result)
 
 

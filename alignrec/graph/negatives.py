@@ -1,7 +1,7 @@
 """Items that a user has not interacted with, drawn at random (triples of both training modes).
 
 Draws are made in the host's memory by NumPy, whose 64-bit integer arithmetic is vectorised and
-writes in place; a block of them stays in the processor's second-level cache.
+writes in place; a block of them stays in the processor's cache.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from alignrec.graph.hashing import GOLDEN, finalize_in_place, salt
 
 _STREAM = 0x4E4547
 # Keys of a slot: the first draw, 128 more for what is rejected, some at once, and the last resort.
-_AT_ONCE = 4
-_KEYS = 1 + 32 * _AT_ONCE + 1
+_AT_ONCE = 2
+_KEYS = 1 + 64 * _AT_ONCE + 1
 _HALF_WORD = np.int64(32)
 _GOLDEN = np.uint64(GOLDEN)
 # Up to this many (row, item) pairs there is a bit for each of them: 128 MiB.
 _MAX_BITS = 2**30
-# Triples that are worked on at once: some arrays of 64 kB.
-_BLOCK = 8192
+# Triples that are worked on at once: few enough for the cache, enough that calls cost nothing.
+_BLOCK = 65_536
 
 Integers = npt.NDArray[np.integer[Any]]
 Indices = npt.NDArray[np.int64]
