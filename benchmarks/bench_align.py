@@ -37,6 +37,7 @@ from alignrec.align.config import AlignConfig
 from alignrec.align.full_graph import FullGraphTrainer
 from alignrec.align.inputs import Inputs
 from alignrec.align.propagation import SparseMatrix, normalized_rates
+from alignrec.align.schedule import learning_rate
 from alignrec.align.validation import SELECTION_METRIC, Validation, metrics_from
 from alignrec.distributed.process_group import process_group
 from alignrec.graph.negatives import Positives, draw_negatives
@@ -164,6 +165,8 @@ class Plain:
         )
 
     def epoch(self, epoch: int) -> None:
+        for group in self._adam.param_groups:
+            group["lr"] = learning_rate(self._config, epoch)
         for triples in self._schedule.epoch(epoch):
             self._adam.zero_grad()
             loss = self._model.loss(triples)
