@@ -50,7 +50,7 @@ from alignrec.telemetry import Telemetry
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.processes import run_ranks
 
-WARM_UP = 2  # steps before the clock runs
+WARM_UP = 4  # steps before the clock runs: each batch once, for what is compiled by its shape
 _MANY_STEPS = 10**6  # for the schedule of the learning rate
 
 

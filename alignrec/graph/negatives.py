@@ -161,7 +161,7 @@ class _Drawer:
             if not len(pending):
                 return
             pairs = _pairs(users[pending], items[pending])[:, None]
-            drawn = self._draw(pairs, keys[draw : draw + _AT_ONCE])  # (pending, draws)
+            drawn = self._draw(pairs ^ keys[draw : draw + _AT_ONCE])  # (pending, draws)
             asked = np.repeat(rows[pending], drawn.shape[1])
             taken = self._positives.lookup(asked, drawn.ravel()).reshape(drawn.shape)
             chosen = np.arange(len(pending)), taken.argmin(axis=1)  # the first that is none
@@ -179,7 +179,9 @@ class _Drawer:
         places = [np.empty(0, dtype=np.int64)]
         for first in range(0, len(users), _BLOCK):
             block = slice(first, first + _BLOCK)
-            drawn = self._draw(_pairs(users[block], items[block]), key)
+            words = _pairs(users[block], items[block])
+            words ^= key
+            drawn = self._draw(words)
             result[block] = drawn
             (taken,) = self._positives.lookup(rows[block], drawn).nonzero()
             places.append(taken + first)
@@ -192,9 +194,9 @@ class _Drawer:
         numbers += self._key
         return finalize_in_place(numbers)
 
-    def _draw(self, pairs: Words, keys: Words) -> Indices:
-        """Return an item for each (user, item) and key."""
-        places = uniform_places(finalize_in_place(pairs ^ keys), len(self._candidates))
+    def _draw(self, words: Words) -> Indices:
+        """Return an item for each word, a number of (user, item) and key; overwrites the words."""
+        places = uniform_places(finalize_in_place(words), len(self._candidates))
         return self._candidates.take(places).astype(np.int64, copy=False)
 
     def _pick_free(self, row: int, hashes: Words) -> int:
