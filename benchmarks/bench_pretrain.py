@@ -454,7 +454,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of each side of reference")
     parser.add_argument("--ranks", type=int, help="of ranks (default 2) and zero (default 1)")
-    parser.add_argument("--stages", type=int, nargs="+", help="ZeRO; reference: 0, ranks: 2")
+    parser.add_argument("--stages", type=int, nargs="+", help="ZeRO; default of reference, ranks: 0")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fused-reference", action="store_true", help="its AdamW is fused, too")
@@ -462,7 +462,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: results/pretrain_<what>...json")
     options = parser.parse_args()
     narrow = options.precision == "bf16"
-    stages = {"reference": [0], "ranks": [2], "zero": [1, 2, 3] if narrow else [0, 1, 2, 3]}
+    stages = {"reference": [0], "ranks": [0], "zero": [1, 2, 3] if narrow else [0, 1, 2, 3]}
     options.stages = options.stages or stages[options.what]
     options.ranks = options.ranks or (2 if options.what == "ranks" else 1)
     work = {"reference": reference, "ranks": ranks, "zero": zero}[options.what]
@@ -471,6 +471,8 @@ def main() -> None:
         result = work(Path(folder), options)
     result["versions_compared"] = {n: metadata.version(n) for n in ("deepspeed", "torchscale")}
     how = [options.precision] * (options.precision != "fp32") + ["compiled"] * options.compile
+    if options.what == "ranks" and options.stages[0]:
+        how.append(f"zero{options.stages[0]}")
     name = "_".join(["pretrain", options.what, options.size, options.device, *how]) + ".json"
     write_result(options.output or RESULTS / name, vars(options), result)
 
