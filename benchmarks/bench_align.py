@@ -1,7 +1,7 @@
 """Seconds an epoch, and to a validation recall, of full-graph alignment and of two formulas.
 
     python benchmarks/bench_align.py
-    python benchmarks/bench_align.py --recall 0.095 --epochs 60
+    python benchmarks/bench_align.py --recall 0.08 0.085 0.09 0.095
     python benchmarks/bench_align.py --negatives
 
 * ours: ``alignrec.align`` in full-graph mode, the defaults of the method.
@@ -228,29 +228,36 @@ def compare_epochs(models: dict[str, Any], rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def time_to_recall(models: dict[str, Any], recall: float, epochs: int) -> dict[str, Any]:
-    """Train each model until validation reaches ``recall``; evaluations count as time."""
-    result = {}
-    for name, model in models.items():
-        total, best = 0.0, 0.0
-        for epoch in range(epochs):
+def time_to_recall(
+    models: dict[str, Any], levels: list[float], epochs: int
+) -> dict[str, dict[str, Any]]:
+    """Train each model until validation reaches all levels; evaluations count as time.
+
+    An epoch of each in turn, so what else the machine does meets all of them.
+    """
+    seconds = dict.fromkeys(models, 0.0)
+    result: dict[str, dict[str, Any]] = {
+        name: {"best": 0.0, "best_epoch": 0, "reached": {}} for name in models
+    }
+    running = dict(models)
+    for epoch in range(epochs):
+        for name, model in list(running.items()):
             took, _ = timed(lambda m=model, e=epoch: m.epoch(e))
             judged, metrics = timed(model.evaluate)
-            total += took + judged
-            best = max(best, metrics[SELECTION_METRIC])
-            print(
-                f"{name} epoch {epoch}: {metrics[SELECTION_METRIC]:.4f} {total:.1f} s", flush=True
-            )
-            if best >= recall:
-                break
-        reached = best >= recall
-        result[name] = {
-            "reached": reached,
-            "epochs": epoch + 1,
-            "seconds": round(total, 1),
-            "best": round(best, 4),
-        }
-    return {f"until_valid_{SELECTION_METRIC}_{recall}": result}
+            seconds[name] += took + judged
+            found, recall = result[name], metrics[SELECTION_METRIC]
+            print(f"{name} epoch {epoch}: {recall:.4f} {seconds[name]:.1f} s", flush=True)
+            found |= {"epochs": epoch + 1, "seconds": round(seconds[name], 1)}
+            if recall > found["best"]:
+                found |= {"best": round(recall, 4), "best_epoch": epoch}
+            for level in levels:
+                if recall >= level and str(level) not in found["reached"]:
+                    found["reached"][str(level)] = {
+                        "epoch": epoch, "seconds": round(seconds[name], 1)
+                    }  # fmt: skip
+            if recall >= max(levels):
+                del running[name]
+    return {f"time_to_valid_{SELECTION_METRIC}": result}
 
 
 def compare_negatives(inputs: Inputs, rounds: int) -> dict[str, Any]:
@@ -313,7 +320,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="run directory; default: recipe mmrec until graph")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--recall", type=float, help="time to this validation recall instead")
+    parser.add_argument(
+        "--recall", type=float, nargs="+", help="time to these validation recalls instead"
+    )
     parser.add_argument("--epochs", type=int, default=60, help="most epochs with --recall")
     parser.add_argument("--negatives", action="store_true", help="time the negatives instead")
     parser.add_argument("--output", type=Path, help="default: results/align_<part>.json")

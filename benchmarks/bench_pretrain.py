@@ -454,7 +454,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of each side of reference")
     parser.add_argument("--ranks", type=int, help="of ranks (default 2) and zero (default 1)")
-    parser.add_argument("--stages", type=int, nargs="+", help="ZeRO; default of reference, ranks: 0")
+    parser.add_argument("--stages", type=int, nargs="+", help="ZeRO; reference, ranks: 0")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fused-reference", action="store_true", help="its AdamW is fused, too")
