@@ -27,9 +27,9 @@ MODES = {
 }
 
 
-def run(mode: str, seed: int, folder: Path) -> dict[str, Any]:
+def run(mode: str, seed: int, folder: Path, changes: list[str]) -> dict[str, Any]:
     """Train with one seed and return its metrics."""
-    settings = [f"align.seed={seed}", *MODES[mode]]
+    settings = [f"align.seed={seed}", *MODES[mode], *changes]
     command = [sys.executable, "-m", "launch", "run", "mmrec", "--until", "evaluation"]
     command += ["--run-dir", str(folder)]
     for setting in settings:
@@ -67,12 +67,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sampled-seeds", type=int, help="fewer in mode sampled, which is slower")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench_quality")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")
     options = parser.parse_args()
     seeds = {"full": options.seeds, "sampled": options.sampled_seeds or options.seeds}
     found: dict[str, Any] = {
-        mode: summary([run(mode, s, options.work / f"{mode}_{s}") for s in range(seeds[mode])])
+        mode: summary(
+            [
+                run(mode, seed, options.work / f"{mode}_{seed}", options.set)
+                for seed in range(seeds[mode])
+            ]
+        )
         for mode in options.modes
     }
     if len(found) == len(MODES):

@@ -122,7 +122,7 @@ def write_result(path: Path, options: Mapping[str, Any], result: Mapping[str, An
     """Write a result file with what is needed to judge and to repeat it."""
     content = {
         "command": f"benchmarks/{Path(sys.argv[0]).name}",
-        "options": {key: str(v) if isinstance(v, Path) else v for key, v in options.items()},
+        "options": {key: _told(value) for key, value in options.items()},
         **result,
         "machine": {
             "cores": os.cpu_count(),
@@ -135,6 +135,13 @@ def write_result(path: Path, options: Mapping[str, Any], result: Mapping[str, An
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(content, indent=1))
+
+
+def _told(option: Any) -> Any:  # noqa: ANN401 - what argparse gives
+    """Return an option as a result tells it: no folders of this machine beyond the project."""
+    if not isinstance(option, Path):
+        return option
+    return str(option.relative_to(ROOT)) if option.is_relative_to(ROOT) else option.name
 
 
 def _processor() -> str:
