@@ -23,7 +23,7 @@ from alignrec import artifacts
 METRICS = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 MODES = {
     "full": [],
-    "sampled": ["align.mode=sampled", "align.num_ranks=2"],
+    "sampled": ["align.mode=sampled", "align.num_ranks=2", "align.edge_dropout=0"],
 }
 
 

@@ -78,6 +78,13 @@ class AlignConfig:
     content_layers: int = option(
         1, "number of propagations of content over the item-item graph", minimum=1
     )
+    edge_dropout: float = option(
+        0.0,
+        "share of the training interactions that propagation leaves out, others in each epoch "
+        "(mode full; mode sampled has num_neighbors)",
+        minimum=0,
+        maximum=0.95,
+    )
     content: bool = option(
         True,
         "use content features; false leaves ID propagation with BPR, UIA and L2 alone, whatever "
@@ -235,6 +242,11 @@ class AlignConfig:
             )
 
     def _check_neighbors(self) -> None:
+        if self.edge_dropout:
+            raise UserError(
+                f"edge_dropout={self.edge_dropout} has no effect in mode sampled, where "
+                f"num_neighbors leaves neighbours out. Remove it, or set mode: full."
+            )
         numbers = self.neighbors
         if len(numbers) != self.layers:
             raise UserError(

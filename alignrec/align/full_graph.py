@@ -32,7 +32,10 @@ from alignrec.checkpoint import Checkpoint
 from alignrec.data.csr import CSR
 from alignrec.distributed.process_group import Rank
 from alignrec.distributed.watchdog import Beat, unwatched
+from alignrec.graph.hashing import salt
 from alignrec.graph.schema import ITEM, RATES, REV_RATES, USER, EdgeType
+
+_DROPOUT = 0x44524F50  # stream number of the edges that an epoch leaves out
 
 
 class FullGraphModel(nn.Module):
@@ -48,7 +51,7 @@ class FullGraphModel(nn.Module):
     ) -> None:
         super().__init__()
         self._layers, self._content_layers = config.layers, config.content_layers
-        self._rates = rates
+        self.rates = rates
         self._similar = similar
         dim, seed = config.embedding_dim, config.seed
         self.user, self.item = (
@@ -60,15 +63,20 @@ class FullGraphModel(nn.Module):
             self.content = (DriftingContent if config.paper_compatible else FixedContent)(features)
             self.gate = ContentGate(features.shape[1], dim, seed=seed)
 
-    def represent(self) -> Representations:
-        """Propagate: H_id and, with content, H_mm of every node."""
-        user_id, item_id = propagate(self._rates, self.user, self.item, layers=self._layers)
+    def represent(self, rates: SparseMatrix | None = None) -> Representations:
+        """Propagate: H_id and, with content, H_mm of every node.
+
+        Args:
+            rates: the user-item block R~ to propagate over, or a part of it; None: all of it.
+        """
+        rates = self.rates if rates is None else rates
+        user_id, item_id = propagate(rates, self.user, self.item, layers=self._layers)
         if self.content is None or self._similar is None:
             return Representations(user_id, item_id)
         item_content = self.item * self.gate(self.content.table())
         for _ in range(self._content_layers):
             item_content = self._similar.multiply(item_content)
-        user_content = self._rates.multiply(item_content)
+        user_content = rates.multiply(item_content)
         return Representations(user_id, item_id, user_content, item_content)
 
     def final(self, cold: Bool[Tensor, " num_items"] | None) -> tuple[Tensor, Tensor]:
@@ -95,9 +103,9 @@ class FullGraphModel(nn.Module):
     def _pull(self, edge_type: EdgeType, source: Tensor) -> Tensor:
         """Return the weighted sum over in-edges of each destination node."""
         if edge_type == REV_RATES:
-            return self._rates.multiply(source)
+            return self.rates.multiply(source)
         if edge_type == RATES:
-            return self._rates.transpose.multiply(source)
+            return self.rates.transpose.multiply(source)
         assert self._similar is not None
         return self._similar.multiply(source)
 
@@ -143,15 +151,17 @@ class FullGraphTrainer:
     def steps(self, epoch: int, first_step: int) -> Iterator[Terms]:
         """See ``Trainer``."""
         rate = learning_rate(self._config, epoch)
+        key = salt(self._config.seed, epoch, _DROPOUT)
+        rates = self.model.rates.thinned(self._config.edge_dropout, key)
         for triples in self._schedule.epoch(epoch, first_step=first_step):
-            yield self._step(triples.to(self._rank.device), rate)
+            yield self._step(triples.to(self._rank.device), rates, rate)
 
-    def _step(self, triples: Triples, rate: float) -> Terms:
+    def _step(self, triples: Triples, rates: SparseMatrix, rate: float) -> Terms:
         if not len(triples.user):
             return {}
         loss, terms = objective(
             self._config,
-            self.model.represent(),
+            self.model.represent(rates),
             triples,
             self.model.content,
             peers=Alone(),

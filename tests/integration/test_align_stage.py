@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from alignrec import artifacts
@@ -120,6 +121,19 @@ def test_training_stops_when_validation_does_not_improve(
     assert manifest.facts["stopped_early"]
 
 
+def test_edges_are_left_out_of_training_and_not_of_ranking(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    still = {**SETTINGS, "learning_rate": 0.0, "epochs": 2}
+    for name, share in (("all", 0.0), ("some", 0.5)):
+        run_stage(STAGE, folders, tmp_path / name, {**still, "edge_dropout": share})
+    every, some = (load_file(tmp_path / n / "embeddings.safetensors") for n in ("all", "some"))
+    assert all(torch.equal(every[table], some[table]) for table in ("user", "item"))
+    before, after = (read_history(tmp_path / name)[1] for name in ("all", "some"))
+    assert before["valid/recall@20"] == after["valid/recall@20"]
+    assert before["loss/uia"] != after["loss/uia"]
+
+
 def test_the_ablation_trains_without_content(folders: dict[str, Path], tmp_path: Path) -> None:
     run_stage(ABLATION, folders, tmp_path / "ablation", SETTINGS)
     assert set(load_file(tmp_path / "ablation" / "model.safetensors")) == {
@@ -132,7 +146,7 @@ def test_the_ablation_trains_without_content(folders: dict[str, Path], tmp_path:
 
 
 def test_a_killed_run_continues_to_the_same_bits(folders: dict[str, Path], tmp_path: Path) -> None:
-    settings = {**SETTINGS, "checkpoint_steps": 3}
+    settings = {**SETTINGS, "checkpoint_steps": 3, "edge_dropout": 0.3}
     run_stage(STAGE, folders, tmp_path / "whole", settings)
     output = tmp_path / "killed"
     for save in ("2", "3"):

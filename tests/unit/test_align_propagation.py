@@ -4,6 +4,7 @@ import torch
 
 from alignrec.align.propagation import SparseMatrix, normalized_rates, propagate
 from alignrec.data.csr import CSR
+from alignrec.graph.hashing import salt
 
 USERS, ITEMS, D = 5, 4, 3
 
@@ -79,3 +80,40 @@ def test_nodes_without_interactions_keep_their_own_embedding() -> None:
     h_user, h_item = propagate(normalized_rates(interactions()), user, item, layers=2)
     torch.testing.assert_close(h_user[4], user[4] / 3)
     torch.testing.assert_close(h_item[3], item[3] / 3)
+
+
+def random_matrix() -> tuple[SparseMatrix, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    dense = torch.rand(60, 40, generator=g) * (torch.rand(60, 40, generator=g) < 0.3)
+    rows, columns = dense.nonzero(as_tuple=True)
+    return SparseMatrix.from_entries(rows, columns, dense[rows, columns], (60, 40)), dense
+
+
+def test_a_thinned_matrix_lacks_a_share_and_has_its_own_transpose() -> None:
+    matrix, dense = random_matrix()
+    for share in (0.1, 0.6, 0.9):
+        thinned = matrix.thinned(share, salt(1, 2))
+        found = thinned.multiply(torch.eye(40))
+        torch.testing.assert_close(thinned.transpose.multiply(torch.eye(60)), found.T)
+        kept = int((found != 0).sum())
+        assert abs(kept / int((dense != 0).sum()) - (1 - share)) < 0.06
+        assert len(thinned.by_rows.columns) == kept  # the others cost nothing
+    assert torch.equal(found, matrix.thinned(0.9, salt(1, 2)).multiply(torch.eye(40)))
+    assert not torch.equal(found, matrix.thinned(0.9, salt(1, 3)).multiply(torch.eye(40)))
+    assert matrix.thinned(0.0, salt(0)) is matrix
+
+
+def test_thinned_matrices_are_the_matrix_on_average() -> None:
+    matrix, dense = random_matrix()
+    drawn = torch.stack(
+        [matrix.thinned(0.4, salt(key)).multiply(torch.eye(40)) for key in range(400)]
+    )
+    there = dense != 0
+    values, found = dense[there], drawn[:, there]
+    torch.testing.assert_close(found[found > 0], (values.expand(400, -1) / 0.6)[found > 0])
+    # entries are kept apart from each other: their errors are those of 400 coins
+    deviation = (found.mean(0) - values) / (values * (0.4 / 0.6 / 400) ** 0.5)
+    assert 0.8 < float(deviation.square().mean()) < 1.25
+    none = torch.empty(0, dtype=torch.int64)
+    empty = SparseMatrix.from_entries(none, none, torch.empty(0), (2, 3)).thinned(0.5, salt(0))
+    assert torch.equal(empty.multiply(torch.ones(3, 4)), torch.zeros(2, 4))
