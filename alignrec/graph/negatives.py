@@ -149,6 +149,9 @@ class _Drawer:
     def __init__(self, positives: Positives, candidates: Integers, key: int) -> None:
         self._positives = positives
         self._candidates = candidates
+        # of consecutive candidates, which need no table
+        consecutive = len(candidates) and int(candidates[-1] - candidates[0]) < len(candidates)
+        self._first = int(candidates[0]) if consecutive else None
         self._key = np.int64(key).view(np.uint64)
 
     def fill(
@@ -179,10 +182,10 @@ class _Drawer:
         places = [np.empty(0, dtype=np.int64)]
         for first in range(0, len(users), _BLOCK):
             block = slice(first, first + _BLOCK)
-            words = _pairs(users[block], items[block])
+            drawn = result[block]
+            words = _pairs(users[block], items[block], out=drawn)
             words ^= key
-            drawn = self._draw(words)
-            result[block] = drawn
+            self._draw(words)
             (taken,) = self._positives.lookup(rows[block], drawn).nonzero()
             places.append(taken + first)
         return np.concatenate(places)
@@ -195,9 +198,13 @@ class _Drawer:
         return finalize_in_place(numbers)
 
     def _draw(self, words: Words) -> Indices:
-        """Return an item for each word, a number of (user, item) and key; overwrites the words."""
+        """Turn each word, a number of (user, item) and key, into an item, in place."""
         places = uniform_places(finalize_in_place(words), len(self._candidates))
-        return self._candidates.take(places).astype(np.int64, copy=False)
+        if self._first is None:
+            places[...] = self._candidates.take(places)
+        elif self._first:
+            places += self._first
+        return places
 
     def _pick_free(self, row: int, hashes: Words) -> int:
         first, last = (int(self._positives.indptr[r]) for r in (row, row + 1))
@@ -218,9 +225,9 @@ def uniform_places(hashes: Words, count: int) -> Indices:
     return hashes.view(np.int64)
 
 
-def _pairs(users: Integers, items: Integers) -> Words:
+def _pairs(users: Integers, items: Integers, out: Indices | None = None) -> Words:
     """Return a number for each (user, item), another one for another pair."""
-    pairs = users << _HALF_WORD
+    pairs = np.left_shift(users, _HALF_WORD, out=out)
     pairs |= items
     return pairs.view(np.uint64)
 
