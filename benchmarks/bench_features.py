@@ -8,9 +8,9 @@ MovieLens-1M with posters and plots: prepares the data, pretrains an encoder fro
 ``--towers``) a fusion over two given models, and ranks by features alone: zero-shot and item-CF,
 without any training on interactions. Every step is kept in ``--work``: a killed run goes on.
 
-Each set of features is finished in the same ways: parts centred, whitened by 0, .5 or .75, joined
-with the picture's part at full or half length, scaled to length 1. Validation chooses for each set
-and each way of ranking; test is measured once, for what was chosen.
+Each set of features is finished in the same ways: parts centred, whitened by 0, .5, .75 or 1,
+joined with the pictures' parts at full or half length, scaled to length 1. Validation chooses for
+each set and each way of ranking; test is measured once, for what was chosen.
 """
 
 import argparse
@@ -45,9 +45,18 @@ from alignrec.pretrain.towers import mean_of
 from alignrec.stage import Stage
 
 RECIPE = ROOT / "launch" / "recipes" / "movielens.yaml"
-WHITENING = (0.0, 0.5, 0.75)
+WHITENING = (0.0, 0.5, 0.75, 1.0)
 PICTURE_LENGTHS = (1.0, 0.5)
-SUBSETS = (("text",), ("cls",), ("image", "text"), ("cls", "image", "text"))
+SUBSETS = (
+    ("text",),
+    ("cls",),
+    ("image", "text"),
+    ("cls", "image", "text"),
+    ("text", "vision_tower", "text_tower"),
+    ("image", "text", "vision_tower", "text_tower"),
+    ("cls", "image", "text", "vision_tower", "text_tower"),
+)
+PICTURES = ("image", "vision_tower")
 K = 20
 RAW_IMAGE_SIZE = 224  # what the vision model was trained with
 BLOCK = 1024
@@ -69,7 +78,7 @@ FUSION = {
     "encoder": {
         "kind": "towers",
         "num_layers": 1,
-        "image_size": 128,
+        "image_size": 224,
         "patch_size": 32,
         "max_text_tokens": 96,
         "frozen": ["vision", "text"],
@@ -86,7 +95,7 @@ class Part:
     """Columns that describe one thing: the picture, the text, or both (CLS).
 
     Attributes:
-        name: image, text or cls.
+        name: image, text, cls, vision_tower or text_tower.
         values: (num_items, columns).
         present: (num_items,) bool: whether the item has it.
     """
@@ -108,7 +117,7 @@ def finished(parts: Parts, chosen: tuple[str, ...], *, whiten: float, picture: f
         if whiten:
             centred = centred @ rows.whitening(part.values, part.present, means, strength=whiten)
         joined.append(
-            rows.unit_rows(centred.astype(np.float32)) * (picture if part.name == "image" else 1.0)
+            rows.unit_rows(centred.astype(np.float32)) * (picture if part.name in PICTURES else 1.0)
         )
     return rows.unit_rows(np.concatenate(joined, axis=1))
 
@@ -117,7 +126,7 @@ def ways(parts: Parts) -> Iterator[dict[str, Any]]:
     """Yield the ways to finish these parts: each set of them, whitening and picture's length."""
     subsets = [s for s in SUBSETS if set(s) <= set(parts)]
     for subset, whiten, picture in itertools.product(subsets, WHITENING, PICTURE_LENGTHS):
-        if picture == 1.0 or ("image" in subset and len(subset) > 1):
+        if picture == 1.0 or (set(subset) & set(PICTURES) and len(subset) > 1):
             yield {"chosen": subset, "whiten": whiten, "picture": picture}
 
 
@@ -203,13 +212,15 @@ def prepared(work: Path) -> Path:
 
 
 def encoder_parts(features: Path) -> Parts:
-    """Return the three parts of rows extracted with ``RAW_ROWS``."""
+    """Return the parts of rows extracted with ``RAW_ROWS``."""
     table, mask = np.load(features / rows.FEATURES), np.load(features / rows.MASK)
-    image, text, cls_state = np.split(table, 3, axis=1)
+    widths = [part["width"] for part in artifacts.read(features).facts["parts"]]
+    names = ("image", "text", "cls", "vision_tower", "text_tower")
+    present = {"image": mask[:, 0], "vision_tower": mask[:, 0], "cls": mask.any(axis=1)}
+    columns = np.split(table, np.cumsum(widths)[:-1], axis=1)
     return {
-        "image": Part("image", image, mask[:, 0]),
-        "text": Part("text", text, mask[:, 1]),
-        "cls": Part("cls", cls_state, mask.any(axis=1)),
+        name: Part(name, values, present.get(name, mask[:, 1]))
+        for name, values in zip(names, columns, strict=False)
     }
 
 

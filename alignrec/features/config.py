@@ -26,8 +26,8 @@ class ExtractionConfig:
     pooling: Literal["cls", "mean", "all"] = option(
         "cls",
         "cls: the CLS state (the paper's); mean: patch mean beside token mean, each centred and "
-        "whitened on its own, so that the half of an absent modality stays zero; all: these two "
-        "beside the CLS state",
+        "whitened on its own, so that the half of an absent modality stays zero; all: these two, "
+        "the CLS state and, of kind towers, what each tower says by itself, each of length 1",
     )
     center: bool = option(True, "subtract the column means over all items with content")
     whiten: float = option(

@@ -30,7 +30,7 @@ from alignrec.errors import StageFailure, UserError
 from alignrec.features import rows
 from alignrec.features.config import ExtractionConfig, FeaturesConfig
 from alignrec.features.importing import write_imported
-from alignrec.pretrain.encoder import NUM_PARTS, ContentEncoder, load_encoder, pool
+from alignrec.pretrain.encoder import ContentEncoder, FeaturePart, load_encoder
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
@@ -88,6 +88,8 @@ def _write_artifact(
         dim = _write_final(files, content_mask(dataset, config.extraction), config, draft.path)
     draft.counts |= {"num_items": num_items, "dim": dim}
     draft.facts["source"] = "files" if config.files else "encoder"
+    if files is not None:
+        draft.facts["parts"] = [dataclasses.asdict(part) for part in files.parts]
     telemetry.say(f"{num_items:,} rows of {dim} numbers")
     artifacts.publish(
         draft,
@@ -111,8 +113,8 @@ def _extract(
     encoder = load_encoder(context.inputs["encoder"]).to(rank.device)
     table = SampleTable.read(dataset)
     mask = content_mask(dataset, config.extraction)
-    dim = encoder.architecture.width * NUM_PARTS[config.extraction.pooling]
-    files = _WorkFiles.open(draft, (len(mask), dim), -(-len(table) // config.batch_size), config)
+    parts = encoder.feature_parts(config.extraction.pooling)
+    files = _WorkFiles.open(draft, parts, len(mask), -(-len(table) // config.batch_size), config)
     if rank.is_first:
         files.create()
     barrier(rank)
@@ -148,19 +150,26 @@ class _WorkFiles:
 
     raw: Path
     done: Path
-    shape: tuple[int, int]
+    parts: list[FeaturePart]
+    num_items: int
     num_batches: int
 
     @classmethod
     def open(
         cls,
         draft: artifacts.Draft,
-        shape: tuple[int, int],
+        parts: list[FeaturePart],
+        num_items: int,
         num_batches: int,
         config: FeaturesConfig,
     ) -> "_WorkFiles":
         done = draft.work / f"done_{config.batch_size}.npy"
-        return cls(draft.work / _RAW, done, shape, num_batches)
+        return cls(draft.work / _RAW, done, parts, num_items, num_batches)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.num_items, sum(part.width for part in self.parts)
 
     def create(self) -> None:
         """Make the files unless a killed run has left them; the marks come last, and whole."""
@@ -233,13 +242,13 @@ class _Worker:
         device = self.rank.device
         has_image = torch.from_numpy(batch.has_image & seen[:, 0]).to(device)
         padding = torch.from_numpy(batch.text_padding | ~seen[:, 1:]).to(device)
-        streams = self.encoder(
+        pooled = self.encoder.features(
             torch.from_numpy(batch.images).to(device),
             has_image,
             torch.from_numpy(batch.tokens).to(device),
             padding,
+            pooling=self.config.extraction.pooling,
         )
-        pooled = pool(streams, has_image, padding, pooling=self.config.extraction.pooling)
         result: npt.NDArray[np.float32] = pooled.float().cpu().numpy() * seen.any(
             axis=1, keepdims=True
         )
@@ -266,10 +275,13 @@ def _write_final(
         )
     raw: rows.Matrix = np.load(files.raw, mmap_mode="r")
     chosen = config.extraction
-    parts = _Part.of(raw, mask, chosen)
+    parts = _Part.of(raw, files.parts, mask, chosen)
     features = rows.create(folder / rows.FEATURES, files.shape, config.dtype)
     for block in rows.blocks(len(raw)):
-        result = np.concatenate([part.finish(raw, block) for part in parts], axis=1)
+        finished = [part.finish(raw, block) for part in parts]
+        if chosen.normalise and chosen.pooling == "all":  # what is loud drowns nothing
+            finished = [rows.unit_rows(part) for part in finished]
+        result = np.concatenate(finished, axis=1)
         features[block] = rows.unit_rows(result) if chosen.normalise else result
     np.save(folder / rows.MASK, mask)
     return files.shape[1]
@@ -289,20 +301,22 @@ class _Part:
 
     @classmethod
     def of(
-        cls, raw: rows.Matrix, mask: npt.NDArray[np.bool_], config: ExtractionConfig
+        cls,
+        raw: rows.Matrix,
+        described: list[FeaturePart],
+        mask: npt.NDArray[np.bool_],
+        config: ExtractionConfig,
     ) -> "list[_Part]":
-        anything = mask[:, 0] | mask[:, 1]
-        apart = [mask[:, 0], mask[:, 1], anything]
-        owners = [anything] if config.pooling == "cls" else apart[: NUM_PARTS[config.pooling]]
-        width = raw.shape[1] // len(owners)
-        parts = []
-        for number, present in enumerate(owners):
-            columns = slice(number * width, (number + 1) * width)
-            part = raw[:, columns]
-            means = rows.column_means(part, present) if config.center else np.zeros(width)
+        owners = {"image": mask[:, 0], "text": mask[:, 1], None: mask[:, 0] | mask[:, 1]}
+        parts, first = [], 0
+        for part in described:
+            present, columns = owners[part.of], slice(first, first + part.width)
+            first += part.width
+            values = raw[:, columns]
+            means = rows.column_means(values, present) if config.center else np.zeros(part.width)
             turn = None
             if config.whiten:
-                turn = rows.whitening(part, present, means, strength=config.whiten)
+                turn = rows.whitening(values, present, means, strength=config.whiten)
             parts.append(cls(columns, present, means, turn))
         return parts
 

@@ -26,7 +26,7 @@ from alignrec.pretrain.multiway import POSITION_OFFSET, MultiwayEncoder, Streams
 ARCHITECTURE = "encoder.json"
 WEIGHTS = "encoder.safetensors"
 Pooling = Literal["cls", "mean", "all"]
-NUM_PARTS: dict[Pooling, int] = {"cls": 1, "mean": 2, "all": 3}
+Modality = Literal["image", "text"]
 
 
 class PatchProjection(nn.Conv2d):
@@ -59,6 +59,19 @@ class VisionEmbedding(nn.Module):
         return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class FeaturePart:
+    """Columns of a feature that describe one thing.
+
+    Attributes:
+        of: the modality that they describe; None: the item.
+        width: number of columns.
+    """
+
+    of: Modality | None
+    width: int
+
+
 class ContentEncoder(nn.Module, abc.ABC):
     """What every kind of encoder is to the objective, the engine and the features.
 
@@ -88,6 +101,39 @@ class ContentEncoder(nn.Module, abc.ABC):
     @abc.abstractmethod
     def reset_parameters(self) -> None:
         """Draw all parameters from torch's default generator."""
+
+    def feature_parts(self, pooling: Pooling) -> list[FeaturePart]:
+        """Return what the columns of ``features`` describe, in their order."""
+        owners: dict[Pooling, list[Modality | None]] = {
+            "cls": [None],
+            "mean": ["image", "text"],
+            "all": ["image", "text", None],
+        }
+        return [FeaturePart(owner, self.architecture.width) for owner in owners[pooling]]
+
+    def features(
+        self,
+        images: UInt8[Tensor, "batch size size 3"],
+        has_image: Bool[Tensor, " batch"],
+        tokens: Int64[Tensor, "batch length"],
+        text_padding: Bool[Tensor, "batch length"],
+        *,
+        pooling: Pooling,
+    ) -> Float[Tensor, "batch dim"]:
+        """Return one content feature per item.
+
+        Args:
+            images: pixels.
+            has_image: whether the item has a picture.
+            tokens: token ids.
+            text_padding: True where no token is.
+            pooling: "cls": the CLS state, as in the paper. "mean": mean of the patch states beside
+                the mean of the token states; an absent half is zero. "all": these two, then the CLS
+                state, then what only this kind of encoder has.
+        """
+        return pool(
+            self(images, has_image, tokens, text_padding), has_image, text_padding, pooling=pooling
+        )
 
     def frozen_state(self) -> dict[str, Tensor]:
         """Return the weights that are no parameters, because they never change."""
@@ -185,23 +231,21 @@ def pool(
     *,
     pooling: Pooling,
 ) -> Float[Tensor, "batch dim"]:
-    """Return one content feature per item.
-
-    Args:
-        streams: output of the encoder.
-        has_image: whether the item has a picture.
-        text_padding: True where no token is.
-        pooling: "cls": the CLS state, as in the paper (dim = width). "mean": mean of the patch
-            states beside the mean of the token states (dim = 2 x width); an absent half is zero.
-            "all": these two, then the CLS state (dim = 3 x width).
-    """
+    """Pool the states of an encoder, see ``ContentEncoder.features``."""
+    cls_state = streams.vision[:, 0]
     if pooling == "cls":
-        return streams.vision[:, 0]
+        return cls_state
     vision = streams.vision[:, 1:].mean(dim=1) * has_image[:, None]
-    kept = (~text_padding)[..., None].to(streams.text.dtype)
-    text = (streams.text * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1.0)
-    parts = [vision, text, streams.vision[:, 0]]
-    return torch.cat(parts[: NUM_PARTS[pooling]], dim=1)
+    halves = [vision, mean_of(streams.text, ~text_padding)]
+    return torch.cat(halves if pooling == "mean" else [*halves, cls_state], dim=1)
+
+
+def mean_of(
+    states: Float[Tensor, "batch places width"], kept: Bool[Tensor, "batch places"]
+) -> Float[Tensor, "batch width"]:
+    """Return the mean over the kept places; zero where there is none."""
+    weight = kept[..., None].to(states.dtype)
+    return (states * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
 def save_encoder(architecture: Architecture, folder: Path, state: dict[str, Tensor]) -> None:

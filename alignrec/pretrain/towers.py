@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from alignrec.pretrain.architecture import TextTower, TowersArchitecture, VisionTower
-from alignrec.pretrain.encoder import ContentEncoder
+from alignrec.pretrain.encoder import ContentEncoder, FeaturePart, Pooling, mean_of, pool
 from alignrec.pretrain.multiway import POSITION_OFFSET, MultiwayEncoder, Streams
 from alignrec.pretrain.tower_models import freeze, make_model
 
@@ -170,9 +170,58 @@ class Towers(ContentEncoder):
         The CLS position is always attended to, so an item with neither picture nor text gets a
         finite, meaningless state instead of NaN.
         """
-        dtype = self.mask_token.dtype
-        vision = self.vision_bridge(self.vision_tower(images, masked_patches, dtype))
-        text = self.text_bridge(self.text_tower(tokens, text_padding))
+        own = self._look(images, masked_patches, tokens, text_padding)
+        return self._fuse(own, has_image, text_padding, masked_patches, wanted)
+
+    def feature_parts(self, pooling: Pooling) -> list[FeaturePart]:
+        """Return what the columns of ``features`` describe: with "all" also the towers' own."""
+        parts = super().feature_parts(pooling)
+        if pooling == "all":
+            parts.append(FeaturePart("image", self.architecture.vision.width))
+            parts.append(FeaturePart("text", self.architecture.text.width))
+        return parts
+
+    def features(
+        self,
+        images: UInt8[Tensor, "batch size size 3"],
+        has_image: Bool[Tensor, " batch"],
+        tokens: Int64[Tensor, "batch length"],
+        text_padding: Bool[Tensor, "batch length"],
+        *,
+        pooling: Pooling,
+    ) -> Float[Tensor, "batch dim"]:
+        """See ``ContentEncoder``; "all" ends with the means of each tower's own states."""
+        own = self._look(images, None, tokens, text_padding)
+        streams = self._fuse(own, has_image, text_padding)
+        fused = pool(streams, has_image, text_padding, pooling=pooling)
+        if pooling != "all":
+            return fused
+        vision = own.vision.mean(dim=1) * has_image[:, None]
+        return torch.cat([fused, vision, mean_of(own.text, ~text_padding)], dim=1)
+
+    def _look(
+        self,
+        images: UInt8[Tensor, "batch size size 3"],
+        masked_patches: Bool[Tensor, "batch patches"] | None,
+        tokens: Int64[Tensor, "batch length"],
+        text_padding: Bool[Tensor, "batch length"],
+    ) -> Streams:
+        """Return the towers' own states."""
+        return Streams(
+            self.vision_tower(images, masked_patches, self.mask_token.dtype),
+            self.text_tower(tokens, text_padding),
+        )
+
+    def _fuse(
+        self,
+        own: Streams,
+        has_image: Bool[Tensor, " batch"],
+        text_padding: Bool[Tensor, "batch length"],
+        masked_patches: Bool[Tensor, "batch patches"] | None = None,
+        wanted: Streams | None = None,
+    ) -> Streams:
+        """Return the states of the fusion transformer."""
+        vision, text = self.vision_bridge(own.vision), self.text_bridge(own.text)
         absent = ~has_image[:, None].expand(-1, vision.shape[1])
         hidden = absent if masked_patches is None else absent | masked_patches
         cls_state = self.cls_token + mean_of(vision, ~hidden) + mean_of(text, ~text_padding)
@@ -205,14 +254,6 @@ class Towers(ContentEncoder):
         """Round the weights of frozen towers."""
         self.vision_tower.cast_frozen(dtype)
         self.text_tower.cast_frozen(dtype)
-
-
-def mean_of(
-    states: Float[Tensor, "batch places width"], kept: Bool[Tensor, "batch places"]
-) -> Float[Tensor, "batch width"]:
-    """Return the mean over the kept places; zero where there is none."""
-    weight = kept[..., None].to(states.dtype)
-    return (states * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
 def resample(

@@ -251,6 +251,19 @@ def test_centred_unit_rows(dataset: Path, encoder: Path, tmp_path: Path, whiten:
     np.testing.assert_allclose(np.delete(lengths, 7), 1, atol=1e-5)
 
 
+def test_all_parts_have_the_same_length(dataset: Path, encoder: Path, tmp_path: Path) -> None:
+    extract(dataset, encoder, tmp_path / "features", extraction={"pooling": "all"})
+    features = np.load(tmp_path / "features" / "features.npy")
+    assert artifacts.read(tmp_path / "features").facts["parts"] == [
+        {"of": "image", "width": 16},
+        {"of": "text", "width": 16},
+        {"of": None, "width": 16},
+    ]
+    lengths = np.linalg.norm(features.reshape(48, 3, 16), axis=2)
+    np.testing.assert_allclose(lengths[[4, 5, 7]] > 0, [[0, 1, 1], [1, 0, 1], [0, 0, 0]])
+    np.testing.assert_allclose(np.delete(lengths, [4, 5, 7], axis=0), 3**-0.5, atol=1e-5)
+
+
 def test_mistakes_are_one_line_with_exit_code_2(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from alignrec.data.shared_array import SharedArray, create_array
 from alignrec.distributed.process_group import Rank, rank_from_environment
 from alignrec.features import extraction
 from alignrec.features.config import FeaturesConfig
+from alignrec.pretrain.encoder import FeaturePart
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
 from alignrec.testing.datasets import write_dataset
@@ -28,9 +29,9 @@ def test_removed_items_leave_zeros_between_the_rows(tmp_path: Path, index: list[
 
 def open_files(folder: Path, batch_size: int) -> extraction._WorkFiles:
     config = FeaturesConfig(batch_size=batch_size)
-    shape = (20, 3)
+    parts = [FeaturePart("image", 1), FeaturePart("text", 2)]
     return extraction._WorkFiles.open(
-        artifacts.Draft(folder), shape, -(-shape[0] // batch_size), config
+        artifacts.Draft(folder), parts, 20, -(-20 // batch_size), config
     )
 
 
@@ -81,7 +82,7 @@ def test_ranks_share_the_look_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "draft" / artifacts.WORK).mkdir(parents=True)
     dataset = write_dataset(tmp_path / "d", num_items=20, image_size=16)
     monkeypatch.setattr(extraction, "open_shards", opened)
-    encoder = SimpleNamespace(architecture=SimpleNamespace(width=8))
+    encoder = SimpleNamespace(feature_parts=lambda _: [FeaturePart(None, 8)])
     encoder.to = lambda _: encoder
     monkeypatch.setattr(extraction, "load_encoder", lambda _: encoder)
     with pytest.raises(KeyboardInterrupt):

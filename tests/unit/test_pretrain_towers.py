@@ -144,6 +144,30 @@ def test_the_fusion_starts_as_the_towers_are(folder: Path) -> None:
     torch.testing.assert_close(told, nn.functional.layer_norm(mean, (width,), eps=1e-5))
 
 
+@pytest.mark.parametrize("vision", ["vit", "resnet"])
+@torch.no_grad()
+def test_all_features_end_with_what_each_tower_says_by_itself(folder: Path, vision: str) -> None:
+    towers, inputs = make_towers(folder, vision=vision), make_inputs()
+    inputs["has_image"][0] = False
+    inputs["text_padding"][1] = True
+    found = towers.features(**inputs, pooling="all")
+    parts = towers.feature_parts("all")
+    assert [part.of for part in parts] == ["image", "text", None, "image", "text"]
+    whole, halves, own_image, own_text = (
+        found[:, : 3 * towers.architecture.width],
+        towers.features(**inputs, pooling="mean"),
+        *found.split([part.width for part in parts], dim=1)[3:],
+    )
+    cls_state = towers.features(**inputs, pooling="cls")
+    assert torch.equal(whole, torch.cat([halves, cls_state], dim=1))
+    states = towers.vision_tower(inputs["images"], None, torch.float32)
+    torch.testing.assert_close(own_image[1:], states[1:].mean(dim=1))
+    assert (own_image[0] == 0).all()
+    texts = towers.text_tower(inputs["tokens"], inputs["text_padding"])
+    torch.testing.assert_close(own_text[[0, 2]], texts[[0, 2], :6].mean(dim=1))
+    assert (own_text[1] == 0).all()
+
+
 def test_towers_never_draw_from_a_generator(folder: Path) -> None:
     inputs = make_inputs()
     for towers in (Towers(make_towers(folder).architecture), make_towers(folder).train()):
