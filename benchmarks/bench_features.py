@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4, help="of the encoder from scratch")
     parser.add_argument("--rate", type=float, default=0.001)
-    parser.add_argument("--tower-epochs", type=int, default=2)
+    parser.add_argument("--tower-epochs", type=int, default=6)
     parser.add_argument("--tower-rate", type=float, default=0.003)
     parser.add_argument("--output", type=Path, default=RESULTS / "features_ml1m.json")
     options = parser.parse_args()
