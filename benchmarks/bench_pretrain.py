@@ -9,7 +9,7 @@ The catalogue is synthetic: pictures of ``--image-size``, texts of made-up words
 spread as those of film plots do. Batches are what the loader makes of it: padded to the batch's
 longest text. ``reference`` is torchscale's BEiT-3 with the same heads, at masked positions alone,
 and the same weights in the loop that everybody writes (zero_grad, forward, backward, clip, AdamW),
-always in fp32 and not compiled.
+in fp32 (``--autocast-reference``: under torch.autocast to bf16) and not compiled.
 """
 
 import argparse
@@ -192,7 +192,9 @@ def reference_module(architecture: Architecture) -> nn.Module:
 class PlainLoop:
     """Torchscale's module, two heads and torch's AdamW, as in a script of a page."""
 
-    def __init__(self, model: MaskedModel, config: PretrainConfig, *, fused: bool) -> None:
+    def __init__(
+        self, model: MaskedModel, config: PretrainConfig, *, fused: bool, autocast: bool
+    ) -> None:
         architecture = model.encoder.architecture
         self.config, self.patch_size = config, architecture.patch_size
         self.encoder = reference_module(architecture)
@@ -208,12 +210,24 @@ class PlainLoop:
             fused=fused or None,
         )
         self.weights = loss_weights(config.objective)
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
         self.number = 0
 
     def step(self, batch: MaskedBatch, pixels: Tensor, goals: Tensor) -> float:
         """Do one step; pixels are float already, as a data set's transform leaves them."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step=self.number, num_steps=_MANY_STEPS)
+        with self.autocast:
+            loss = self.loss(batch, pixels, goals)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
+        self.optimizer.step()
+        self.number += 1
+        return loss.item()
+
+    def loss(self, batch: MaskedBatch, pixels: Tensor, goals: Tensor) -> Tensor:
+        """Return the loss of a batch."""
         states = self.encoder(
             textual_tokens=batch.tokens,
             visual_tokens=pixels,
@@ -226,13 +240,7 @@ class PlainLoop:
         text_loss = nn.functional.cross_entropy(logits, batch.targets[batch.masked_text])
         patches = self.mim_head(vision[batch.masked_patches])
         image_loss = nn.functional.mse_loss(patches, goals)
-        loss = self.weights[0] * text_loss + self.weights[1] * image_loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
-        self.optimizer.step()
-        self.number += 1
-        return loss.item()
+        return self.weights[0] * text_loss + self.weights[1] * image_loss
 
 
 def measure_ours(folder: Path, options: argparse.Namespace) -> list[Speed]:
@@ -257,7 +265,9 @@ def measure_reference(folder: Path, options: argparse.Namespace) -> list[Speed]:
     model = build_model(
         config.encoder.architecture(words.vocabulary_size), config.objective, seed=config.seed
     )
-    loop = PlainLoop(model, config, fused=options.fused_reference)
+    loop = PlainLoop(
+        model, config, fused=options.fused_reference, autocast=options.autocast_reference
+    )
     opened = open_training_data(folder / "dataset", config, words, num_ranks=1)
     with contextlib.closing(opened) as data:
         count = min(4, data.plan.steps_per_epoch)
@@ -458,6 +468,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fused-reference", action="store_true", help="its AdamW is fused, too")
+    parser.add_argument("--autocast-reference", action="store_true", help="it computes in bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of zero")
     parser.add_argument("--output", type=Path, help="default: results/pretrain_<what>...json")
     options = parser.parse_args()
@@ -471,6 +482,8 @@ def main() -> None:
         result = work(Path(folder), options)
     result["versions_compared"] = {n: metadata.version(n) for n in ("deepspeed", "torchscale")}
     how = [options.precision] * (options.precision != "fp32") + ["compiled"] * options.compile
+    if options.autocast_reference:
+        how.append("autocast")
     if options.what == "ranks" and options.stages[0]:
         how.append(f"zero{options.stages[0]}")
     name = "_".join(["pretrain", options.what, options.size, options.device, *how]) + ".json"
