@@ -19,6 +19,7 @@ frameworks have in their data loaders.
 
 import argparse
 import dataclasses
+import itertools
 import random
 import statistics
 import subprocess
@@ -232,9 +233,11 @@ def compare_epochs(models: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def time_to_recall(
-    models: dict[str, Any], levels: list[float], epochs: int
+    models: dict[str, Any], levels: list[float], seconds_each: float
 ) -> dict[str, dict[str, Any]]:
-    """Train each model until validation reaches all levels; evaluations count as time.
+    """Train each model until validation reaches all levels, or its time is over.
+
+    Evaluations count as time.
 
     An epoch of each in turn, so what else the machine does meets all of them.
     """
@@ -243,7 +246,9 @@ def time_to_recall(
         name: {"best": 0.0, "best_epoch": 0, "reached": {}} for name in models
     }
     running = dict(models)
-    for epoch in range(epochs):
+    for epoch in itertools.count():
+        if not running:
+            break
         for name, model in list(running.items()):
             took, _ = timed(lambda m=model, e=epoch: m.epoch(e))
             judged, metrics = timed(model.evaluate)
@@ -258,7 +263,7 @@ def time_to_recall(
                     found["reached"][str(level)] = {
                         "epoch": epoch, "seconds": round(seconds[name], 1)
                     }  # fmt: skip
-            if recall >= max(levels):
+            if recall >= max(levels) or seconds[name] >= seconds_each:
                 del running[name]
     return {f"time_to_valid_{SELECTION_METRIC}": result}
 
@@ -326,7 +331,7 @@ def main() -> None:
     parser.add_argument(
         "--recall", type=float, nargs="+", help="time to these validation recalls instead"
     )
-    parser.add_argument("--epochs", type=int, default=60, help="most epochs with --recall")
+    parser.add_argument("--seconds", type=float, default=600, help="of a model with --recall")
     parser.add_argument("--negatives", action="store_true", help="time the negatives instead")
     parser.add_argument("--output", type=Path, help="default: results/align_<part>.json")
     options = parser.parse_args()
@@ -369,7 +374,7 @@ def measure(options: argparse.Namespace, inputs: Inputs) -> tuple[str, dict[str,
             return "epochs", compare_epochs(models, options.rounds)
         dropping = dataclasses.replace(config, edge_dropout=EDGE_DROPOUT)
         models["ours_edge_dropout"] = Ours(FullGraphTrainer(dropping, inputs, rank))
-        return "recall", time_to_recall(models, options.recall, options.epochs)
+        return "recall", time_to_recall(models, options.recall, options.seconds)
 
 
 if __name__ == "__main__":
