@@ -59,6 +59,9 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
         )
+        if self._num_ranks == 1 and config.zero_stage == 0:
+            # nobody to sum with: DeepSpeed would still copy all gradients into one buffer and back
+            self._engine.enable_backward_allreduce = False
         self._link_optimizer_state()
 
     @property

@@ -8,7 +8,7 @@ only for the softmax attention.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
@@ -61,10 +61,9 @@ class Layout(NamedTuple):
 
     def join(self, streams: Streams) -> Float[Tensor, "batch length width"]:
         """Return the joint sequences of packed streams, zero where nothing is."""
-        packed = torch.cat(streams)
         batch, length = self.keys.shape[0], self.keys.shape[-1]
-        joint = packed.new_zeros(batch * length, packed.shape[-1])
-        return joint.index_copy_(0, self.places, packed).view(batch, length, packed.shape[-1])
+        joint: Tensor = _Join.apply(*streams, self.places, batch * length)  # type: ignore[no-untyped-call]
+        return joint.view(batch, length, -1)
 
     def only(self, rows: Streams) -> "Layout":
         """Return the layout of some of the packed positions.
@@ -78,8 +77,74 @@ class Layout(NamedTuple):
 
     def split(self, joint: Float[Tensor, "batch length width"]) -> Streams:
         """Undo ``join``, for the positions of this layout."""
-        packed = joint.flatten(0, 1).index_select(0, self.places)
-        return Streams(packed[: self.num_vision], packed[self.num_vision :])
+        taken = _Split.apply(joint.flatten(0, 1), self.places, self.num_vision)  # type: ignore[no-untyped-call]
+        return Streams(*taken)
+
+
+class _Join(torch.autograd.Function):
+    """Put packed streams at their places; backward is ``_Split``'s forward.
+
+    Both are autograd functions because torch's own derivatives of indexing and slicing would go
+    over the states three times more, in every layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's
+        vision: Float[Tensor, "vision width"],
+        text: Float[Tensor, "text width"],
+        places: Int64[Tensor, " positions"],
+        size: int,
+    ) -> Tensor:
+        """Return (size, width), zero at other places."""
+        ctx.save_for_backward(places)
+        ctx.num_vision = len(vision)
+        return _put(vision, text, places, size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+        """Return the gradients of the two streams."""
+        (places,) = ctx.saved_tensors
+        return *_take(gradient, places, ctx.num_vision), None, None
+
+
+class _Split(torch.autograd.Function):
+    """Take packed streams from their places; backward is ``_Join``'s forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        joint: Float[Tensor, "size width"],
+        places: Int64[Tensor, " positions"],
+        num_vision: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (vision positions, width) and (text positions, width)."""
+        ctx.save_for_backward(places)
+        ctx.size = len(joint)
+        return _take(joint, places, num_vision)
+
+    @staticmethod
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        vision: Tensor,
+        text: Tensor,
+    ) -> tuple[Tensor, None, None]:
+        """Return the gradient of the joint states: zero where nothing was taken."""
+        (places,) = ctx.saved_tensors
+        return _put(vision, text, places, ctx.size), None, None
+
+
+def _put(vision: Tensor, text: Tensor, places: Tensor, size: int) -> Tensor:
+    joint = vision.new_zeros(size, vision.shape[-1])
+    joint.index_copy_(0, places[: len(vision)], vision)
+    return joint.index_copy_(0, places[len(vision) :], text)
+
+
+def _take(joint: Tensor, places: Tensor, num_vision: int) -> tuple[Tensor, Tensor]:
+    return (
+        joint.index_select(0, places[:num_vision]),
+        joint.index_select(0, places[num_vision:]),
+    )
 
 
 def pack(
