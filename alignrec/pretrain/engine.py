@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alignrec.distributed.process_group import Rank
+from alignrec.distributed.process_group import Rank, rank_from_environment
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.deepspeed_config import deepspeed_settings
 from alignrec.pretrain.objective import MaskedBatch, MaskedModel, Predictions
@@ -33,6 +33,13 @@ class Engine:
     """A model under DeepSpeed with torch's AdamW."""
 
     def __init__(self, model: MaskedModel, config: PretrainConfig, rank: Rank) -> None:
+        """Set DeepSpeed up; collective.
+
+        Args:
+            model: on the CPU: under ZeRO-3 no device ever holds all of it.
+            config: of the stage.
+            rank: this rank.
+        """
         deepspeed = _import_deepspeed()
         settings = deepspeed_settings(
             config,
@@ -56,9 +63,12 @@ class Engine:
             model.encoder.cast_frozen(torch.bfloat16)
         self._ema_decay = config.ema_decay
         self._kept_keys = MOMENTS if config.ema_decay is None else (*MOMENTS, AVERAGE)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
-        )
+        with _local_rank_of(rank.device):
+            if config.zero_stage == 3:
+                _divide(model, settings, rank.device)
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
+            )
         if self._num_ranks == 1 and config.zero_stage == 0:
             # nobody to sum with: DeepSpeed would still copy all gradients into one buffer and back
             self._engine.enable_backward_allreduce = False
@@ -218,8 +228,9 @@ def deepspeed_group() -> Iterator[None]:
     """Have a process group even for one rank, and keep torch's notes to DeepSpeed from the user."""
     owner = not dist.is_initialized()
     if owner:
+        # DeepSpeed sums gradients over one rank, too: on a GPU they must not leave it for that
         dist.init_process_group(
-            "gloo",
+            "nccl" if rank_from_environment().device.type == "cuda" else "gloo",
             store=dist.HashStore(),  # type: ignore[attr-defined]
             rank=0,
             world_size=1,
@@ -233,6 +244,42 @@ def deepspeed_group() -> Iterator[None]:
         _forget_groups()
         if owner:
             dist.destroy_process_group()
+
+
+def _divide(model: MaskedModel, settings: dict[str, Any], device: torch.device) -> None:
+    """Divide the parameters over the ranks for ZeRO-3, one after another; collective.
+
+    DeepSpeed would do it itself, but move the whole model to the device first.
+    """
+    import deepspeed
+
+    dtype = torch.bfloat16 if "bf16" in settings else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    offloaded = "offload_param" in settings["zero_optimization"]
+    deepspeed.zero.Init(
+        module=model,
+        config_dict_or_path=settings,
+        remote_device="cpu" if offloaded else None,
+        dtype=dtype,
+    )
+
+
+@contextlib.contextmanager
+def _local_rank_of(device: torch.device) -> Iterator[None]:
+    """Have DeepSpeed take this device: it goes by LOCAL_RANK, whatever GPUs a rank is shown."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _forget_groups() -> None:
@@ -253,7 +300,6 @@ def _forget_groups() -> None:
 def _import_deepspeed() -> Any:  # noqa: ANN401 - a module without types
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.ops import __compatible_ops__

@@ -217,7 +217,7 @@ class Trainer:
         if fault := compile_layers(model, config):
             self.telemetry.say(fault)
         self.flops = FlopCounter.of(model)
-        self.engine = Engine(model.to(self.rank.device), config, self.rank)
+        self.engine = Engine(model, config, self.rank)
         if found:
             self.engine.load_state(state, self.step)
 
