@@ -34,6 +34,7 @@ from alignrec.align.config import AlignConfig
 from alignrec.align.inputs import Inputs
 from alignrec.align.sampled import SampledTrainer
 from alignrec.data import schema
+from alignrec.distributed.host_memory import freed_memory_kept
 from alignrec.distributed.process_group import process_group
 from alignrec.testing.processes import run_ranks
 
@@ -178,7 +179,7 @@ def train(root: Path, steps: int, config: AlignConfig) -> dict[str, float]:
     """Take some steps on this rank."""
     kinds = ("dataset", "features", "graph")
     opening = time.monotonic()
-    with process_group() as rank:
+    with process_group() as rank, freed_memory_kept():
         inputs = Inputs.open({kind: root / kind for kind in kinds})
         trainer = SampledTrainer(config, inputs, rank, work=root)
         losses = []

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional
 from torch_geometric.data import HeteroData
 
 from alignrec import checkpoint
@@ -28,8 +27,9 @@ from alignrec.align.initial import TRAINED, Earlier, take_over, trained_rows
 from alignrec.align.inputs import Inputs
 from alignrec.align.losses import gram_square, unit_rows
 from alignrec.align.model import ITEM_TABLE, USER_TABLE, ContentGate, initial_rows
-from alignrec.align.objective import Representations, Terms, objective, rows
+from alignrec.align.objective import Terms, objective
 from alignrec.align.peers import Alone, Peers, Ranks
+from alignrec.align.sampled_propagation import represent
 from alignrec.align.schedule import learning_rate
 from alignrec.align.sharded_embedding import Lookup, ShardedEmbedding
 from alignrec.align.validation import Validation, metrics_from
@@ -40,7 +40,7 @@ from alignrec.distributed.exchange import Exchange, gather_rows
 from alignrec.distributed.process_group import Rank, barrier, new_group
 from alignrec.distributed.watchdog import Beat, unwatched
 from alignrec.graph.loader import TripleLoader, TripleSettings, prefetch
-from alignrec.graph.schema import ITEM, RATES, REV_RATES, SIMILAR, USER, EdgeType, NodeType
+from alignrec.graph.schema import ITEM, RATES, REV_RATES, USER, NodeType
 from alignrec.graph.stores import PartitionedGraph
 
 _PREFETCH_BATCHES = 2
@@ -283,39 +283,6 @@ class SampledTrainer:
         return dict(zip(terms, self._exchange.sum(shares), strict=True))
 
 
-def represent(
-    batch: HeteroData,
-    embedding: Mapping[NodeType, Float[Tensor, "nodes d"]],
-    gate: Float[Tensor, "content d"] | None,
-) -> Representations:
-    """Propagate over a batch's sampled edges (``docs/design/graph_sampling.md``).
-
-    Args:
-        batch: sampled nodes and edges.
-        embedding: ID embeddings of the batch's nodes.
-        gate: factor for each of the items whose content is needed; None without content.
-
-    Returns:
-        Rows of the batch's nodes; right at the seeds, partial sums elsewhere.
-    """
-    id_user, id_item = embedding[USER], embedding[ITEM]
-    user, item = id_user, id_item
-    layers = len(batch[RATES].num_sampled_edges)
-    for hop in reversed(range(layers)):
-        user, item = (
-            id_user + _pull(batch, REV_RATES, hop, item),
-            id_item + _pull(batch, RATES, hop, user),
-        )
-    user, item = user / (layers + 1), item / (layers + 1)
-    if gate is None:
-        return Representations(user, item)
-    index = batch[ITEM].content_index
-    content = torch.zeros_like(id_item).index_copy(0, index, rows(id_item, index) * gate)
-    for layer in reversed(range(len(batch[SIMILAR].num_sampled_edges))):
-        content = _pull(batch, SIMILAR, layer, content)
-    return Representations(user, item, _pull(batch, REV_RATES, 0, content), content)
-
-
 class BatchTarget:
     """Content features of the batch's items as REG's target (a ``Target`` of ``objective``)."""
 
@@ -351,25 +318,6 @@ class BatchTarget:
             return gram_square(target, count)
         moment = (target * count.unsqueeze(1)).T @ target  # (f, f)
         return self._peers.sum(moment).double().square().sum()
-
-
-def _pull(batch: HeteroData, edge_type: EdgeType, hop: int, source: Tensor) -> Tensor:
-    """Return the weighted sum over a hop's in-edges of each of the batch's destination nodes."""
-    edges = batch[edge_type]
-    first = sum(edges.num_sampled_edges[:hop])
-    chosen = slice(first, first + edges.num_sampled_edges[hop])
-    index = edges.edge_index[:, chosen]
-    num_targets = len(batch[edge_type[2]].n_id)
-    ends = torch.bincount(index[1], minlength=num_targets).cumsum(0)
-    # The edges of a hop are grouped by destination, in ascending order.
-    return functional.embedding_bag(
-        index[0],
-        source,
-        functional.pad(ends, (1, 0)),
-        mode="sum",
-        per_sample_weights=edges.weight[chosen],
-        include_last_offset=True,
-    )
 
 
 def _make_table(

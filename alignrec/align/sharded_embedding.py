@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from alignrec.distributed.exchange import Exchange, Route, sum_by_row
+from alignrec.distributed.exchange import Exchange, Route, sums_by_row
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+_ROWS_AT_ONCE = 2048  # of an update: a block of 64 columns takes 0.5 MiB
 
 RowsOf = Callable[[Int64[Tensor, " n"]], Int64[Tensor, " n"]]
 
@@ -63,8 +64,8 @@ class ShardedEmbedding:
     def lookup(self, ids: Int64[Tensor, " n"]) -> Lookup:
         """Return the rows of distinct global ids; equal ids would travel twice."""
         route = self._exchange.send(ids, self._owner_of(ids))
-        found = route.reply(self.weight[self._local_rows(route.received)])
-        return Lookup(found.detach().clone().requires_grad_(), route)
+        found = route.reply(self.weight.index_select(0, self._local_rows(route.received)))
+        return Lookup(found.detach().requires_grad_(), route)
 
     def update(self, lookup: Lookup, *, learning_rate: float) -> None:
         """Send the gradients of a lookup to the owners, and take one step of Adam there.
@@ -76,16 +77,29 @@ class ShardedEmbedding:
         gradient = lookup.rows.grad
         sent = torch.zeros_like(lookup.rows) if gradient is None else gradient
         arrived = lookup.route.send_back(sent.detach())
-        rows, total = sum_by_row(self._local_rows(lookup.route.received), arrived)
-        self._updates[rows] += 1
-        mean = self._mean[rows].lerp_(total, 1 - _BETA1)
-        square = self._square[rows].lerp_(total.square(), 1 - _BETA2)
-        self._mean[rows], self._square[rows] = mean, square
-        updates = self._updates[rows].double().unsqueeze(1)
-        scale = (1 - _BETA2**updates).sqrt() / (1 - _BETA1**updates)
-        floor = _EPSILON * (1 - _BETA2**updates).sqrt()
-        step = mean * scale.to(mean.dtype) / (square.sqrt() + floor.to(mean.dtype))
-        self.weight[rows] -= learning_rate * step
+        rows = self._local_rows(lookup.route.received)
+        for some, total in sums_by_row(rows, arrived, at_once=_ROWS_AT_ONCE):
+            self._adam(some, total, learning_rate)
+
+    def _adam(
+        self, rows: Int64[Tensor, " n"], gradient: Float[Tensor, "n d"], learning_rate: float
+    ) -> None:
+        """Update distinct rows."""
+        updates = self._updates.index_select(0, rows).add_(1)
+        mean = self._mean.index_select(0, rows).lerp_(gradient, 1 - _BETA1)
+        square = self._square.index_select(0, rows).lerp_(gradient.square(), 1 - _BETA2)
+        for table, values in (
+            (self._updates, updates),
+            (self._mean, mean),
+            (self._square, square),
+        ):
+            table.index_copy_(0, rows, values)
+        age = updates.double().unsqueeze(1)
+        root = (1 - _BETA2**age).sqrt()
+        scale = (root / (1 - _BETA1**age)).to(mean.dtype)
+        floor = (_EPSILON * root).to(mean.dtype)
+        step = mean.mul_(scale).div_(square.sqrt_().add_(floor))
+        self.weight.index_add_(0, rows, step, alpha=-learning_rate)
 
     def state(self) -> dict[str, Tensor]:
         """Return ids, rows and optimizer state of this rank, by name."""

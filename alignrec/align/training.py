@@ -30,6 +30,7 @@ from alignrec.align.validation import SELECTION_METRIC
 from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
 from alignrec.configuration import to_mapping
+from alignrec.distributed.host_memory import freed_memory_kept
 from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.distributed.watchdog import Beat, Watchdog
 from alignrec.errors import StageFailure, UserError
@@ -123,6 +124,7 @@ def run(config: AlignConfig, context: Context) -> None:
         barrier(rank)
         draft = Draft(artifacts.partial_path(context.output))
         with (
+            freed_memory_kept(),
             Telemetry(context.log_dir, context.log_dir.stem, enabled=rank.is_first) as telemetry,
             Watchdog(
                 rank, context.log_dir, seconds=config.watchdog_seconds, doing="aligning"

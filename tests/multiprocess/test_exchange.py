@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignrec.distributed.exchange import Exchange, gather_rows, sum_by_row
+from alignrec.distributed.exchange import Exchange, gather_rows, sums_by_row
 from alignrec.distributed.process_group import Rank, new_group, process_group
 from alignrec.errors import StageFailure
 from alignrec.testing.processes import run_ranks
@@ -37,13 +37,17 @@ def look_up(rank: Rank, exchange: Exchange, ids: torch.Tensor) -> dict[str, Any]
     question = exchange.ask(ids, ids % world)  # in halves, with nothing between them
     asked = question.route()
     answers = asked.begin_reply(asked.received * 2).wait()
-    local, total = sum_by_row(route.received, route.send_back(torch.ones(len(ids), 2)))
+    gradients = route.send_back(torch.ones(len(ids), 2))
+    blocks = list(sums_by_row(route.received, gradients, at_once=3))
+    assert all(len(block) == 3 for block, _ in blocks[:-1])
+    local = [int(row) for block, _ in blocks for row in block]
+    total = [float(values[0]) for _, block in blocks for values in block]
     return {
         "rows": rows.detach().numpy(),
         "gradient": own.grad.numpy(),
         "halves": (answers.tolist(), asked.by_owner(ids * 2).tolist()),
         "ragged": [part.tolist() for part in ragged],
-        "received": (local.tolist(), total[:, 0].tolist()),
+        "received": (local, total),
         "sum": exchange.sum(torch.tensor([len(ids), 1])).tolist(),
         "maximum": exchange.maximum(torch.tensor([len(ids)])).tolist(),
     }
