@@ -63,12 +63,11 @@ class Engine:
             model.encoder.cast_frozen(torch.bfloat16)
         self._ema_decay = config.ema_decay
         self._kept_keys = MOMENTS if config.ema_decay is None else (*MOMENTS, AVERAGE)
-        with _local_rank_of(rank.device):
-            if config.zero_stage == 3:
-                _divide(model, settings, rank.device)
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
-            )
+        if config.zero_stage == 3:
+            _divide(model, settings, rank.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=settings, dist_init_required=False
+        )
         if self._num_ranks == 1 and config.zero_stage == 0:
             # nobody to sum with: DeepSpeed would still copy all gradients into one buffer and back
             self._engine.enable_backward_allreduce = False
@@ -226,18 +225,19 @@ class Engine:
 @contextlib.contextmanager
 def deepspeed_group() -> Iterator[None]:
     """Have a process group even for one rank, and keep torch's notes to DeepSpeed from the user."""
+    device = rank_from_environment().device
     owner = not dist.is_initialized()
     if owner:
         # DeepSpeed sums gradients over one rank, too: on a GPU they must not leave it for that
         dist.init_process_group(
-            "nccl" if rank_from_environment().device.type == "cuda" else "gloo",
+            "nccl" if device.type == "cuda" else "gloo",
             store=dist.HashStore(),  # type: ignore[attr-defined]
             rank=0,
             world_size=1,
             timeout=datetime.timedelta(seconds=60),
         )
     try:
-        with warnings.catch_warnings():
+        with _local_rank_of(device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`torch\.distributed.*is deprecated", FutureWarning)
             yield
     finally:

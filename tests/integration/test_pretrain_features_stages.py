@@ -96,6 +96,14 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     assert steps == sorted(set(steps))
 
 
+def test_zero_3_needs_no_launcher(dataset: Path, tmp_path: Path) -> None:
+    alone = {k: v for k, v in environment().items() if k not in ("RANK", "LOCAL_RANK")}
+    output = tmp_path / "encoder"
+    settings = ["--set", "pretrain.zero_stage=3", "--set", "pretrain.epochs=1"]
+    subprocess.run([*command(dataset, output), *settings], env=alone, check=True)
+    artifacts.verify(output)
+
+
 def test_the_encoder_artifact_is_what_its_contract_says(encoder: Path) -> None:
     manifest = artifacts.verify(encoder)
     assert manifest.kind == "encoder"
