@@ -91,4 +91,4 @@ class _Gather(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
         n, ranks = context.n, context.exchange.world_size
         arrived = context.exchange.all_to_all(gradient, context.sizes, [n] * ranks)
-        return arrived.view(ranks, n, -1).sum(dim=0), None, None
+        return arrived.view(ranks, n, gradient.shape[1]).sum(dim=0), None, None

@@ -31,6 +31,8 @@ FULL = AlignConfig(
 # One step an epoch reads every node, so that Adam at the owners is Adam.
 EXACT = dataclasses.replace(FULL, mode="sampled", num_neighbors=(-1, -1), num_similar=-1)
 SAMPLED = dataclasses.replace(EXACT, batch_size=60, num_neighbors=(3, 2), num_similar=2)
+# Two triples a step on average: steps in which one of two ranks, or each, has none.
+TINY = dataclasses.replace(SAMPLED, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("align")
     dataset = write_dataset(root / "dataset", num_items=NUM_ITEMS, num_users=NUM_USERS)
     features = write_features(root / "features", num_items=NUM_ITEMS, zero_rows=(3,))
-    graph = write_graph(root / "graph", dataset=dataset, features=features, k=4, num_partitions=4)
-    return {"dataset": dataset, "features": features, "graph": graph}
+    graphs = {
+        name: write_graph(root / name, dataset=dataset, features=features, k=4, num_partitions=n)
+        for name, n in (("graph", 4), ("undivided", 1))
+    }
+    return {"dataset": dataset, "features": features, **graphs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Job:
         first: step to continue at; the state comes from the checkpoint in the folder ``saved``.
         last: one behind the last step.
         save: whether to leave a checkpoint in the folder ``saved``.
+        graph: name of the graph among the folders.
     """
 
     out: str
@@ -58,6 +64,7 @@ class Job:
     last: int
     first: int = 0
     save: bool = False
+    graph: str = "graph"
 
 
 def train(folders: dict[str, Path], root: Path, jobs: list[Job]) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def train(folders: dict[str, Path], root: Path, jobs: list[Job]) -> dict[str, An
 def train_one(folders: dict[str, Path], root: Path, job: Job, rank: Rank) -> Any:
     out = root / job.out
     out.mkdir(exist_ok=True)
-    inputs = Inputs.open(folders)
+    inputs = Inputs.open({**folders, "graph": folders[job.graph]})
     trainer: Trainer
     if job.config.mode == "full":
         trainer = FullGraphTrainer(job.config, inputs, rank)
@@ -122,13 +129,15 @@ def runs(
     root = tmp_path_factory.mktemp("runs")
     alone = [Job("full", FULL, 3), Job("full_id", id_only(FULL), 3), Job("sampled1", SAMPLED, 7)]
     alone += [Job("full_deep", deeper(FULL), 3), Job("exact_deep1", deeper(EXACT), 3)]
+    alone.append(Job("tiny1", TINY, 12))
     resumed = {ranks: Job(f"resumed{ranks}", SAMPLED, 7, first=3) for ranks in (1, 2, 3)}
     results = {}
     for ranks in (2, 3, 1):
         jobs = [Job(f"exact{ranks}", EXACT, 3), Job(f"exact_id{ranks}", id_only(EXACT), 3)]
         if ranks == 2:
             jobs += [Job("sampled2", SAMPLED, 7), Job("half", SAMPLED, 3, save=True)]
-            jobs.append(Job("exact_deep2", deeper(EXACT), 3))
+            jobs += [Job("exact_deep2", deeper(EXACT), 3), Job("tiny2", TINY, 12)]
+            jobs.append(Job("undivided2", SAMPLED, 7, graph="undivided"))
         jobs.append(resumed[ranks])
         if ranks == 1:
             found = [train(folders, root, alone + jobs)]
@@ -185,6 +194,16 @@ def test_the_number_of_ranks_changes_neither_samples_nor_steps(
     for result in results["sampled2"]:
         same_course(result, results["sampled1"][0])
     same_files(root / "sampled1", root / "sampled2", "model.safetensors", 1e-4)
+
+
+@pytest.mark.parametrize(("some_empty", "alone"), [("tiny2", "tiny1"), ("undivided2", "sampled1")])
+def test_ranks_without_triples_take_part(
+    runs: tuple[Path, dict[str, list[Any]]], some_empty: str, alone: str
+) -> None:
+    root, results = runs
+    for result in results[some_empty]:
+        same_course(result, results[alone][0])
+    same_files(root / alone, root / some_empty, "model.safetensors", 1e-4)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
