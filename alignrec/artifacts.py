@@ -347,12 +347,15 @@ def checksums(
         if known and known.get(name, {}).get("bytes") == size:
             result[name] = dict(known[name])
             continue
-        with path.open("rb") as file:
-            result[name] = {
-                "bytes": size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+        result[name] = checksum(path)
     return result
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Return the size of a file in bytes and its SHA-256."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256}
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value

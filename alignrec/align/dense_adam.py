@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-_PREFIX = "adam/"
+ADAM = "adam/"  # what names of its tensors in a checkpoint begin with
 
 
 class DenseAdam:
@@ -31,7 +31,7 @@ class DenseAdam:
         if self._optimizer is None:
             return {}
         return {
-            f"{_PREFIX}{name}/{key}": value
+            f"{ADAM}{name}/{key}": value
             for name, parameter in self._named.items()
             for key, value in self._optimizer.state[parameter].items()
         }
@@ -41,7 +41,7 @@ class DenseAdam:
         if self._optimizer is None:
             return
         for name, parameter in self._named.items():
-            self._optimizer.state[parameter] = below(f"{_PREFIX}{name}/", tensors)
+            self._optimizer.state[parameter] = below(f"{ADAM}{name}/", tensors)
 
 
 def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from alignrec import checkpoint
 from alignrec.align import row_file
 from alignrec.align.batches import Triples
 from alignrec.align.config import AlignConfig
-from alignrec.align.dense_adam import DenseAdam, below
+from alignrec.align.dense_adam import ADAM, DenseAdam, below
 from alignrec.align.inference import Inference
 from alignrec.align.initial import TRAINED, Earlier, take_over, trained_rows
 from alignrec.align.inputs import Inputs
@@ -183,25 +183,35 @@ class SampledTrainer:
 
     def restore(self, saved: Checkpoint) -> dict[str, Any]:
         """See ``Trainer``; the number of ranks may be another than when it was saved."""
-        for index in range(saved.world_size):
-            tensors, _ = saved.load(index)
-            for t, table in self.tables.items():
-                self._load_table(t, table, tensors)
-            if index == 0:
-                self.gate.load_state_dict(below("gate/", tensors))
-                self._best_gate = below("best_gate/", tensors)
-                self._adam.load(tensors)
-        return saved.load(0)[1]
+        mapped = saved.tensors(0, "gate/", "best_gate/", ADAM)
+        # Copies: later checkpoints replace the file, and it may be another host that deletes it.
+        replicated = {name: value.clone() for name, value in mapped.items()}
+        self.gate.load_state_dict(below("gate/", replicated))
+        self._best_gate = below("best_gate/", replicated)
+        self._adam.load(replicated)
+        for t, table in self.tables.items():
+            self._load_table(t, table, saved)
+        return saved.state(0)
 
-    def _load_table(
-        self, node_type: NodeType, table: ShardedEmbedding, tensors: Mapping[str, Tensor]
-    ) -> None:
-        table.load(below(f"{node_type}/", tensors))
-        best = tensors.get(f"best/{node_type}")
-        if best is not None:
-            mine, rows = table.placed(tensors[f"{node_type}/ids"])
-            kept = self._best_rows.setdefault(node_type, torch.zeros_like(table.weight))
-            kept[rows] = best[mine]
+    def _load_table(self, node_type: NodeType, table: ShardedEmbedding, saved: Checkpoint) -> None:
+        """Take over this rank's rows from the files that have some, and read no others' rows."""
+        # Ranks own consecutive partitions: where they were as many, the first one has all.
+        near = self._rank.index * saved.world_size // self._rank.world_size
+        left = len(table.owned)
+        for index in sorted(range(saved.world_size), key=lambda index: abs(index - near)):
+            ids = saved.tensors(index, f"{node_type}/ids")[f"{node_type}/ids"]
+            mine, rows = table.placed(ids)
+            if len(rows) or index == near:  # that one also tells whether there are best rows
+                tensors = saved.tensors(index, f"{node_type}/", f"best/{node_type}")
+                table.load(below(f"{node_type}/", tensors))
+                best = tensors.get(f"best/{node_type}")
+                if best is not None:
+                    kept = self._best_rows.setdefault(node_type, torch.zeros_like(table.weight))
+                    kept[rows] = best[mine]
+            left -= len(rows)
+            if left == 0:
+                break
+        assert left == 0, f"{left} {node_type} rows of rank {self._rank.index} are in no file"
 
     def write_best(self, draft: Draft) -> None:
         """See ``Trainer``."""

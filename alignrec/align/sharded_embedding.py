@@ -114,7 +114,7 @@ class ShardedEmbedding:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over the rows of a saved state that this rank owns; other rows are left out.
 
-        Call it with the state of every rank that saved, whatever their number was.
+        Call it with the states of all ranks that saved some of its rows, however many they were.
         """
         mine, rows = self.placed(state["ids"])
         for name, table in self.state().items():

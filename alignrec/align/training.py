@@ -134,7 +134,15 @@ def run(config: AlignConfig, context: Context) -> None:
             actual, work = config.going_on() if earlier else config, draft.work
             trainer = _make_trainer(actual, inputs, rank, work, earlier, watchdog)
             checkpoints, goes_on = work / _CHECKPOINTS, earlier is not None
-            position = _fit(actual, trainer, checkpoints, telemetry, watchdog.beat, goes_on=goes_on)
+            position = _fit(
+                actual,
+                trainer,
+                checkpoints,
+                telemetry,
+                watchdog.beat,
+                rank=rank,
+                goes_on=goes_on,
+            )
             trainer.write_best(draft)
     # After the group is left: checksums of large tables may take longer than its timeout.
     if rank.is_first:
@@ -222,6 +230,7 @@ def _fit(
     telemetry: Telemetry,
     beat: Beat,
     *,
+    rank: Rank,
     goes_on: bool,
 ) -> Position:
     if trainer.num_triples == 0:
@@ -229,7 +238,7 @@ def _fit(
             "the dataset has no training interactions, so there is nothing to learn from. Prepare "
             "the dataset with a log."
         )
-    position = _resume(trainer, checkpoints, telemetry)
+    position = _resume(trainer, checkpoints, telemetry, rank)
     if goes_on and position == Position():
         _judge_start(trainer, position, telemetry)
     done = position.epoch * trainer.num_steps + position.step
@@ -249,8 +258,8 @@ def _fit(
     return position
 
 
-def _resume(trainer: Trainer, checkpoints: Path, telemetry: Telemetry) -> Position:
-    saved = checkpoint.latest(checkpoints)
+def _resume(trainer: Trainer, checkpoints: Path, telemetry: Telemetry, rank: Rank) -> Position:
+    saved = checkpoint.latest(checkpoints, rank=rank)
     if saved is None:
         telemetry.rewind(0)
         return Position()

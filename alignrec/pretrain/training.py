@@ -193,8 +193,7 @@ class Trainer:
     def resume(self) -> None:
         """Build the model and go on from the newest checkpoint, if there is one."""
         config = self.config
-        found = checkpoint.latest(self.checkpoints)
-        barrier(self.rank)
+        found = checkpoint.latest(self.checkpoints, rank=self.rank)
         # a checkpoint has no frozen weights: they are still what they were at first
         state = self._first_state() if not found or config.encoder.frozen else {}
         state |= _load_state(found) if found else {}

@@ -17,6 +17,7 @@ from alignrec.align.inputs import Inputs
 from alignrec.align.sampled import SampledTrainer
 from alignrec.align.training import Trainer
 from alignrec.artifacts import Draft
+from alignrec.checkpoint import Checkpoint
 from alignrec.distributed.process_group import Rank, process_group
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_features, write_graph
@@ -67,8 +68,25 @@ class Job:
     graph: str = "graph"
 
 
+@dataclasses.dataclass(frozen=True)
+class Noting(Checkpoint):
+    """A checkpoint that notes whose rows are read.
+
+    Attributes:
+        read: ranks whose embeddings, not only their ids, were read.
+    """
+
+    read: set[int]
+
+    def tensors(self, rank_index: int, *prefixes: str) -> dict[str, torch.Tensor]:
+        found = super().tensors(rank_index, *prefixes)
+        if any(name.endswith("/weight") and "gate" not in name for name in found):
+            self.read.add(rank_index)
+        return found
+
+
 def train(folders: dict[str, Path], root: Path, jobs: list[Job]) -> dict[str, Any]:
-    """Do the jobs on this rank and return the loss terms of each one's steps, and its metrics."""
+    """Do the jobs on this rank; return each one's loss terms, metrics and files it resumed from."""
     row_file._RANGE_BYTES = 1 << 10  # so that files are written in several rounds
     with process_group(timeout_seconds=100) as rank:
         return {job.out: train_one(folders, root, job, rank) for job in jobs}
@@ -83,9 +101,11 @@ def train_one(folders: dict[str, Path], root: Path, job: Job, rank: Rank) -> Any
         trainer = FullGraphTrainer(job.config, inputs, rank)
     else:
         trainer = SampledTrainer(job.config, inputs, rank, work=out)
+    read: set[int] = set()
     if job.first:
-        saved = checkpoint.latest(root / "saved")
-        assert saved is not None
+        found = checkpoint.latest(root / "saved", rank=rank)
+        assert found is not None
+        saved = Noting(found.path, found.step, found.world_size, read)
         assert trainer.restore(saved) == {"mark": 7}
     losses = []
     while (done := job.first + len(losses)) < job.last:
@@ -97,7 +117,7 @@ def train_one(folders: dict[str, Path], root: Path, job: Job, rank: Rank) -> Any
     if job.save:
         trainer.save(root / "saved", job.last, {"mark": 7})
     trainer.write_best(Draft(out))
-    return losses, metrics
+    return losses, metrics, read
 
 
 def test_users_to_rank_change_no_count_that_ranks_compare(
@@ -194,6 +214,14 @@ def test_the_number_of_ranks_changes_neither_samples_nor_steps(
     for result in results["sampled2"]:
         same_course(result, results["sampled1"][0])
     same_files(root / "sampled1", root / "sampled2", "model.safetensors", 1e-4)
+
+
+def test_as_many_ranks_read_their_own_rows_of_a_checkpoint_alone(
+    runs: tuple[Path, dict[str, list[Any]]],
+) -> None:
+    _, results = runs
+    assert [read for *_, read in results["resumed2"]] == [{0}, {1}]
+    assert [read for *_, read in results["resumed1"]] == [{0, 1}]
 
 
 @pytest.mark.parametrize(("some_empty", "alone"), [("tiny2", "tiny1"), ("undivided2", "sampled1")])

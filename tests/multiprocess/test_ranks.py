@@ -2,13 +2,14 @@
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from alignrec import checkpoint
+from alignrec import artifacts, checkpoint
 from alignrec.distributed import process_group
 from alignrec.errors import StageFailure
 from alignrec.testing.processes import free_port, run_ranks
@@ -73,17 +74,47 @@ def test_a_missing_peer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def save_both(folder: Path) -> float:
+def save_both(folder: Path) -> tuple[float, list[str], list[str], int]:
+    """Return what the other rank saved, what this one hashed, and the step after a damage."""
+    hashed, checksum = list[str](), artifacts.checksum
+
+    def noting(path: Path) -> dict[str, object]:
+        hashed.append(path.name)
+        return checksum(path)
+
+    artifacts.checksum = noting
     with process_group.process_group(timeout_seconds=30) as rank:
-        tensors = {"row": torch.tensor([float(rank.index)])}
-        checkpoint.save(folder, 5, tensors=tensors, state={"rank": rank.index}, rank=rank)
-        found = checkpoint.latest(folder)
+        for step in (4, 5):
+            tensors = {"row": torch.tensor([float(rank.index)])}
+            checkpoint.save(folder, step, tensors=tensors, state={"rank": rank.index}, rank=rank)
+        written = sorted(set(hashed))
+        hashed.clear()
+        found = checkpoint.latest(folder, rank=rank)
         assert found is not None
-        assert found.world_size == 2
-        other, state = found.load(1 - rank.index)
+        assert (found.step, found.world_size) == (5, 2)
+        tensors, state = found.load(1 - rank.index)
+        other = float(tensors["row"])
         assert state["rank"] == 1 - rank.index
-        return float(other["row"])
+        verified = sorted(hashed)
+        process_group.barrier(rank)
+        if rank.is_first:
+            (found.path / "rank_0001.safetensors").write_bytes(b"?")
+        process_group.barrier(rank)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rank 0 tells
+            left = checkpoint.latest(folder, rank=rank)
+        assert left is not None
+        return other, written, verified, left.step
 
 
-def test_every_rank_saves_its_share(tmp_path: Path) -> None:
-    assert run_ranks(save_both, 2, tmp_path) == [1.0, 0.0]
+def test_every_rank_saves_and_hashes_its_share_of_a_checkpoint(tmp_path: Path) -> None:
+    (row0, written0, verified0, left0), (row1, written1, verified1, left1) = run_ranks(
+        save_both, 2, tmp_path
+    )
+    assert (row0, row1) == (1.0, 0.0)
+    assert written0 == ["rank_0000.json", "rank_0000.safetensors"]
+    assert written1 == ["rank_0001.json", "rank_0001.safetensors"]
+    assert sorted(verified0 + verified1) == sorted(written0 + written1)
+    for verified in (verified0, verified1):
+        assert sum(name.endswith(".safetensors") for name in verified) == 1
+    assert (left0, left1) == (4, 4)  # one rank alone sees the damage
