@@ -41,7 +41,7 @@ from alignrec.align.full_graph import FullGraphTrainer
 from alignrec.align.inputs import Inputs
 from alignrec.align.propagation import SparseMatrix, normalized_rates
 from alignrec.align.schedule import learning_rate
-from alignrec.align.validation import SELECTION_METRIC, Validation, metrics_from
+from alignrec.align.validation import SELECTION_METRIC, Choice, Validation, metrics_from
 from alignrec.distributed.process_group import process_group
 from alignrec.graph.negatives import Positives, draw_negatives
 
@@ -164,6 +164,7 @@ class Plain:
         self._validation = Validation(
             train,
             inputs.interactions("valid"),
+            choice=Choice(torch.arange(train.num_rows)),
             removed=inputs.removed_items(),
             block_users=config.evaluation_block,
         )

@@ -118,6 +118,12 @@ class AlignConfig:
     patience: int = option(
         30, "evaluations without a better validation Recall@20 before training stops", minimum=1
     )
+    evaluate_users: int | None = option(
+        None,
+        "users judged in each evaluation during training at most, the same ones each time; "
+        "default: all",
+        minimum=1,
+    )
     evaluation_block: int = option(
         1024, "users ranked at once in an evaluation", minimum=1, affects_result=False
     )

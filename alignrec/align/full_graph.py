@@ -26,7 +26,7 @@ from alignrec.align.objective import Representations, Terms, objective
 from alignrec.align.peers import Alone
 from alignrec.align.propagation import SparseMatrix, normalized_rates, propagate
 from alignrec.align.schedule import learning_rate
-from alignrec.align.validation import Validation, metrics_from
+from alignrec.align.validation import Choice, Validation, metrics_from
 from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
 from alignrec.data.csr import CSR
@@ -142,10 +142,12 @@ class FullGraphTrainer:
         self._validation = Validation(
             train,
             inputs.interactions("valid"),
+            choice=Choice(ids[USER], config.evaluate_users, config.seed),
             removed=inputs.removed_items(),
             block_users=config.evaluation_block,
             alive=alive,
         )
+        self.num_judged = self._validation.num_users
         self._best: dict[str, Tensor] = {}
 
     def steps(self, epoch: int, first_step: int) -> Iterator[Terms]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,14 @@ from alignrec.data.embeddings import check_same_dataset
 from alignrec.data.schema import (
     Split,
     interactions_path,
+    read_batches,
     read_interactions,
     read_removed_items,
 )
 from alignrec.errors import UserError
 
 Array = npt.NDArray[np.generic]
+_BATCH_ROWS = 1 << 20  # of a table that is read in parts: 16 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,29 @@ class Inputs:
             return CSR.from_pairs(users, items, self.num_users, self.num_items)
         except ValueError as error:
             raise UserError(f"{interactions_path(self.dataset, split)}: {error}") from error
+
+    def interaction_batches(
+        self, split: Split
+    ) -> Iterator[tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]]:
+        """Yield (user_index, item_index) of a split, some rows in memory at a time.
+
+        Raises:
+            UserError: as ``interactions``.
+        """
+        path = interactions_path(self.dataset, split)
+        columns = ["user_index", "item_index"]
+        limits = torch.tensor([self.num_users, self.num_items])
+        for batch in read_batches(path, batch_size=_BATCH_ROWS, columns=columns):
+            pairs = torch.from_numpy(np.stack([batch[name].to_numpy() for name in columns]))
+            outside = ((pairs < 0) | (pairs >= limits.unsqueeze(1))).any(dim=0)
+            if outside.any():
+                user, item = pairs[:, outside][:, 0].tolist()
+                raise UserError(
+                    f"{path}: user_index {user} and item_index {item} are not within the dataset's "
+                    f"{self.num_users} users and {self.num_items} items: they belong to another "
+                    f"dataset. Delete its folder and run data_prep again."
+                )
+            yield pairs[0], pairs[1]
 
     def removed_items(self) -> Int64[Tensor, " num_removed"]:
         """Return the items that the present catalogue does not have: nobody's candidates."""

@@ -32,7 +32,7 @@ from alignrec.align.peers import Alone, Peers, Ranks
 from alignrec.align.sampled_propagation import represent
 from alignrec.align.schedule import learning_rate
 from alignrec.align.sharded_embedding import Lookup, ShardedEmbedding
-from alignrec.align.validation import Validation, metrics_from
+from alignrec.align.validation import Choice, Validation, metrics_from
 from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
 from alignrec.data.csr import CSR
@@ -100,8 +100,9 @@ class SampledTrainer:
             self._go_on(earlier)
         self._trained = trained_rows(earlier, self._graph.degree, self._graph.owned)
         self._validation = _owned_validation(
-            self._graph, inputs, rank, block_users=config.evaluation_block, alive=alive
+            config, self._graph, inputs, self._exchange, alive=alive
         )
+        self.num_judged = self._validation.num_users
         self._item_rows = work / "items.safetensors"
         self._best_gate: dict[str, Tensor] = {}
         self._best_rows: dict[NodeType, Tensor] = {}
@@ -351,15 +352,22 @@ def _make_table(
 
 
 def _owned_validation(
-    graph: PartitionedGraph, inputs: Inputs, rank: Rank, *, block_users: int, alive: Beat
+    config: AlignConfig, graph: PartitionedGraph, inputs: Inputs, exchange: Exchange, *, alive: Beat
 ) -> Validation:
-    """Return the validation of this rank's users."""
-    lists = graph.neighbors[REV_RATES]
+    """Return the validation of this rank's users; collective."""
+    lists, owned = graph.neighbors[REV_RATES], graph.owned[USER]
     train = CSR(lists.indptr, lists.source.long(), inputs.num_items)
-    valid = inputs.interactions("valid")
-    users, items = valid.rows, valid.columns
-    mine = graph.owner_of(USER, users) == rank.index
-    rows = graph.local_rows(USER, users[mine])
-    held_out = CSR.from_pairs(rows, items[mine], train.num_rows, inputs.num_items)
-    removed = inputs.removed_items()
-    return Validation(train, held_out, removed=removed, block_users=block_users, alive=alive)
+    parts = [torch.empty((2, 0), dtype=torch.int64)]
+    for users, items in inputs.interaction_batches("valid"):
+        mine = graph.owner_of(USER, users) == exchange.rank_index
+        parts.append(torch.stack([graph.local_rows(USER, users[mine]), items[mine]]))
+        alive()
+    rows, columns = torch.cat(parts, dim=1)
+    return Validation(
+        train,
+        CSR.from_pairs(rows, columns, train.num_rows, inputs.num_items),
+        choice=Choice(owned, config.evaluate_users, config.seed, total=exchange.sum),
+        removed=inputs.removed_items(),
+        block_users=config.evaluation_block,
+        alive=alive,
+    )

@@ -46,10 +46,12 @@ class Trainer(Protocol):
     Attributes:
         num_steps: optimizer steps in an epoch.
         num_triples: training interactions over all ranks.
+        num_judged: users that an evaluation ranks items for, over all ranks.
     """
 
     num_steps: int
     num_triples: int
+    num_judged: int
 
     def steps(self, epoch: int, first_step: int) -> Iterator[Mapping[str, Tensor]]:
         """Take the steps of an epoch; yield the loss terms of each, none for an empty batch."""
@@ -115,6 +117,7 @@ def run(config: AlignConfig, context: Context) -> None:
     with process_group(timeout_seconds=config.timeout_seconds) as rank:
         _check_ranks(config, rank)
         inputs = Inputs.open(context.inputs)
+        _check_graph(config, inputs)
         earlier = Earlier.open(config, inputs)
         _check_unchanged(config, context)
         if rank.is_first:
@@ -169,6 +172,17 @@ def _check_ranks(config: AlignConfig, rank: Rank) -> None:
             f"num_ranks={config.num_ranks}, but this process was started alone and would train "
             f"on one rank. Start it with torchrun --nproc-per-node {config.num_ranks} -m "
             f"alignrec.align, or run the recipe with python -m launch run."
+        )
+
+
+def _check_graph(config: AlignConfig, inputs: Inputs) -> None:
+    """Refuse an item-item graph that is not the one that the method's variant reads."""
+    built = bool(artifacts.read(inputs.graph, "graph").config.get("paper_compatible", False))
+    if config.content and built != config.paper_compatible:
+        raise UserError(
+            f"paper_compatible={config.paper_compatible}, but {inputs.graph} was built with "
+            f"paper_compatible={built}: the result would be neither the corrected method nor the "
+            f"released code. Set align.paper_compatible and graph.paper_compatible alike."
         )
 
 
@@ -233,11 +247,7 @@ def _fit(
     rank: Rank,
     goes_on: bool,
 ) -> Position:
-    if trainer.num_triples == 0:
-        raise UserError(
-            "the dataset has no training interactions, so there is nothing to learn from. Prepare "
-            "the dataset with a log."
-        )
+    _check_enough(trainer)
     position = _resume(trainer, checkpoints, telemetry, rank)
     if goes_on and position == Position():
         _judge_start(trainer, position, telemetry)
@@ -256,6 +266,20 @@ def _fit(
                         trainer.save(checkpoints, step, dataclasses.asdict(position))
             _finish_epoch(config, trainer, position, telemetry)
     return position
+
+
+def _check_enough(trainer: Trainer) -> None:
+    """Refuse data that training or its evaluations could not use, before the first step."""
+    if trainer.num_triples == 0:
+        raise UserError(
+            "the dataset has no training interactions, so there is nothing to learn from. Prepare "
+            "the dataset with a log."
+        )
+    if trainer.num_judged == 0:
+        raise UserError(
+            "no user has interactions in both train and valid: without validation there is no best "
+            "epoch. Prepare the dataset with a validation split."
+        )
 
 
 def _resume(trainer: Trainer, checkpoints: Path, telemetry: Telemetry, rank: Rank) -> Position:

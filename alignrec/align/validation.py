@@ -1,5 +1,6 @@
 """Validation of embeddings while they are trained (embeddings -> early stop, model selection)."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -8,11 +9,13 @@ from torch import Tensor
 
 from alignrec.data.csr import CSR
 from alignrec.distributed.watchdog import Beat, unwatched
-from alignrec.errors import UserError
 from alignrec.evaluation import metrics
 from alignrec.evaluation.ranking import rank_all
+from alignrec.graph.hashing import hash_ids, salt, uniform
 
 _BLOCKS_AT_ONCE = 8
+_STREAM = 0x4A554447  # stream number of the choice of users
+_PLACE_BITS = 53  # of a hash that is a place in [0, 1)
 SELECTION_K = 20
 SELECTION_METRIC = f"recall@{SELECTION_K}"
 _METRICS: dict[str, Callable[..., Tensor]] = {
@@ -22,14 +25,10 @@ _METRICS: dict[str, Callable[..., Tensor]] = {
 
 
 class Validation:
-    """Full ranking of every item of the catalogue for the users of the validation split.
+    """Full ranking of every item of the catalogue for users of the validation split.
 
-    Args:
-        train: training items of the users whose rows are ranked here; no candidates.
-        valid: their validation items.
-        removed: items that the present catalogue does not have; nobody's candidates.
-        block_users: users ranked at once.
-        alive: called after some blocks, so unequally often on ranks with unequally many users.
+    Attributes:
+        num_users: users that are ranked, over all ranks.
     """
 
     def __init__(
@@ -37,11 +36,23 @@ class Validation:
         train: CSR,
         valid: CSR,
         *,
+        choice: "Choice",
         removed: Int64[Tensor, " num_removed"],
         block_users: int,
         alive: Beat = unwatched,
     ) -> None:
-        self._users = metrics.evaluation_users(train, valid)
+        """Choose the users; collective where ``choice`` is.
+
+        Args:
+            train: training items of the users whose rows are ranked here; no candidates.
+            valid: their validation items.
+            choice: which of them are judged.
+            removed: items that the present catalogue does not have; nobody's candidates.
+            block_users: users ranked at once.
+            alive: called after some blocks, so unequally often on ranks with unequally many users.
+        """
+        self._users = choice.among(metrics.evaluation_users(train, valid))
+        self.num_users = choice.count(len(self._users))
         self._seen = train
         self._removed = removed
         self._held_out = valid.select(self._users)
@@ -79,15 +90,45 @@ class Validation:
         return best
 
 
-def metrics_from(totals: Float64[Tensor, " metrics"]) -> dict[str, float]:
-    """Return the mean metrics by name.
+def _alone(own: Tensor) -> Tensor:
+    return own
 
-    Raises:
-        UserError: no user has interactions in both splits, so nothing could be selected.
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which users are judged: the same for a seed, whatever the number of ranks.
+
+    Attributes:
+        user_index: of each row that this rank has.
+        limit: users over all ranks at most; None: all.
+        seed: of the choice.
+        total: sums numbers over the ranks, like ``Exchange.sum``.
     """
-    if totals[0] == 0:
-        raise UserError(
-            "no user has interactions in both train and valid: without validation there is no best "
-            "epoch. Prepare the dataset with a validation split."
-        )
+
+    user_index: Int64[Tensor, " num_rows"]
+    limit: int | None = None
+    seed: int = 0
+    total: Callable[[Tensor], Tensor] = _alone
+
+    def among(self, rows: Int64[Tensor, " n"]) -> Int64[Tensor, " m"]:
+        """Return those of some rows whose users are judged: the first by hash; collective."""
+        if self.limit is None or self.count(len(rows)) <= self.limit:
+            return rows
+        hashes = hash_ids(self.user_index[rows], salt(self.seed, _STREAM))
+        places = uniform(hashes)
+        ascending = places.sort().values
+        low, high = 0.0, 1.0  # not too many below low, too many below high
+        for _ in range(_PLACE_BITS):
+            middle = (low + high) / 2
+            below = int(torch.searchsorted(ascending, middle))
+            low, high = (middle, high) if self.count(below) <= self.limit else (low, middle)
+        return rows[places < low]
+
+    def count(self, number: int) -> int:
+        """Return the sum of the ranks' numbers; collective."""
+        return int(self.total(torch.tensor([number])))
+
+
+def metrics_from(totals: Float64[Tensor, " metrics"]) -> dict[str, float]:
+    """Return the mean metrics by name; ``totals`` are of one user at least."""
     return dict(zip(_METRICS, (totals[1:] / totals[0]).tolist(), strict=True))

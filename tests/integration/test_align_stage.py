@@ -228,6 +228,32 @@ def test_a_dataset_without_training_interactions_is_refused(
         run_stage(STAGE, {**folders, "dataset": dataset}, tmp_path / "align", SETTINGS)
 
 
+@pytest.mark.parametrize("mode", ["full", "sampled"])
+def test_a_dataset_without_validation_is_refused_before_training(
+    folders: dict[str, Path], tmp_path: Path, mode: str
+) -> None:
+    dataset = shutil.copytree(folders["dataset"], tmp_path / "dataset")
+    pq.write_table(schema.INTERACTIONS.empty_table(), schema.interactions_path(dataset, "valid"))
+    settings = {**SETTINGS, "mode": mode, "evaluate_every": 3}
+    with pytest.raises(UserError, match="no user has interactions in both train and valid"):
+        run_stage(STAGE, {**folders, "dataset": dataset}, tmp_path / "align", settings)
+    assert not list(tmp_path.rglob("step_*"))
+    assert read_history(tmp_path / "align.logs") == []
+
+
+def test_a_graph_of_the_other_variant_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    inputs = {name: folders[name] for name in ("dataset", "features")}
+    graph = write_graph(tmp_path / "graph", **inputs, k=4, paper_compatible=True)
+    paper = {**SETTINGS, "epochs": 1, "paper_compatible": True}
+    with pytest.raises(UserError, match=r"=True, but .* built with paper_compatible=False"):
+        run_stage(STAGE, folders, tmp_path / "align", paper)
+    with pytest.raises(UserError, match=r"=False, but .* built with paper_compatible=True"):
+        run_stage(STAGE, {**folders, "graph": graph}, tmp_path / "align", SETTINGS)
+    run_stage(STAGE, {**folders, "graph": graph}, tmp_path / "align", paper)
+    # Without content the item-item graph is not read.
+    run_stage(ABLATION, {**folders, "graph": graph}, tmp_path / "id", {**SETTINGS, "epochs": 1})
+
+
 def test_features_that_are_not_finite_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     bad = write_features(tmp_path / "features", num_items=NUM_ITEMS)
     table = np.load(bad / "features.npy")

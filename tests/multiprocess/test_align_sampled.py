@@ -141,6 +141,13 @@ def test_users_to_rank_change_no_count_that_ranks_compare(
     assert counts[0][1] > counts[1][1] > 0
 
 
+def test_no_split_of_the_interactions_is_in_one_ranks_memory(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Inputs, "interactions")
+    SampledTrainer(SAMPLED, Inputs.open(folders), Rank(), work=tmp_path).evaluate()
+
+
 @pytest.fixture(scope="module")
 def runs(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
@@ -168,7 +175,7 @@ def runs(
 
 
 def id_only(config: AlignConfig) -> AlignConfig:
-    return dataclasses.replace(config, content=False)
+    return dataclasses.replace(config, content=False, evaluate_users=9)
 
 
 def deeper(config: AlignConfig) -> AlignConfig:

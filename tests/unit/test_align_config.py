@@ -42,6 +42,7 @@ def test_neighbors_default_to_one_number_a_layer() -> None:
         ({"mode": "sampled", "num_similar": 0}, "num_similar: 0 neighbours"),
         ({"mode": "sampled", "paper_compatible": True}, "trains the whole feature table"),
         ({"mode": "sampled", "edge_dropout": 0.2}, "edge_dropout=0.2 has no effect in mode sampl"),
+        ({"evaluate_users": 0}, "out of range"),
         ({"edge_dropout": 1.0}, "out of range"),
         ({"temperature": 0.001}, "out of range"),
         ({"learnin_rate": 1}, "Did you mean learning_rate"),
@@ -59,6 +60,11 @@ def test_the_number_of_ranks_does_not_make_a_result_stale() -> None:
     assert STAGE.fingerprint(one, {}) == STAGE.fingerprint(two, {})
     other = STAGE.load_config({"mode": "sampled", "seed": 1})
     assert STAGE.fingerprint(one, {}) != STAGE.fingerprint(other, {})
+
+
+def test_users_that_are_judged_count() -> None:
+    plain, some = STAGE.load_config({}), STAGE.load_config({"evaluate_users": 7})
+    assert STAGE.fingerprint(some, {}) != STAGE.fingerprint(plain, {})
 
 
 def test_the_learning_rate_decays_by_four_percent_in_fifty_epochs() -> None:
