@@ -60,8 +60,9 @@ def align(
     logs = output.with_name(output.name + ".logs")
     context = Context(folders, output, STAGE.fingerprint(config, folders), logs)
     STAGE.load_run()(config, context)
-    rows = read_history(output)
-    return {int(row["epoch"]) + 1: round(row[f"valid/{SELECTION_METRIC}"], 5) for row in rows}
+    recall = f"valid/{SELECTION_METRIC}"
+    rows = [row for row in read_history(output) if recall in row]
+    return {int(row["epoch"]) + 1: round(row[recall], 5) for row in rows}
 
 
 def epochs_until(course: dict[int, float], recall: float) -> int | None:

@@ -127,6 +127,12 @@ class AlignConfig:
     evaluation_block: int = option(
         1024, "users ranked at once in an evaluation", minimum=1, affects_result=False
     )
+    log_steps: int = option(
+        500,
+        "optimizer steps between rows of the history within an epoch",
+        minimum=1,
+        affects_result=False,
+    )
     checkpoint_steps: int = option(
         500, "optimizer steps between checkpoints", minimum=1, affects_result=False
     )

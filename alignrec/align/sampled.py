@@ -161,7 +161,7 @@ class SampledTrainer:
 
     def traffic(self) -> dict[str, float]:
         """See ``Trainer``."""
-        return self._loader.traffic.take()
+        return self._loader.traffic.take(self._exchange.sum)
 
     def keep_best(self) -> None:
         """See ``Trainer``."""

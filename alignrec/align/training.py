@@ -24,8 +24,9 @@ from alignrec.align.initial import (
     leaks,
 )
 from alignrec.align.inputs import Inputs
+from alignrec.align.position import Position, StepCounter
 from alignrec.align.sampled import SampledTrainer
-from alignrec.align.schedule import Selection, learning_rate
+from alignrec.align.schedule import learning_rate
 from alignrec.align.validation import SELECTION_METRIC
 from alignrec.artifacts import Draft
 from alignrec.checkpoint import Checkpoint
@@ -54,7 +55,10 @@ class Trainer(Protocol):
     num_judged: int
 
     def steps(self, epoch: int, first_step: int) -> Iterator[Mapping[str, Tensor]]:
-        """Take the steps of an epoch; yield the loss terms of each, none for an empty batch."""
+        """Take the steps of an epoch; yield the loss terms of each, none for an empty batch.
+
+        They stay on the device that computed them and carry no gradient.
+        """
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -62,7 +66,7 @@ class Trainer(Protocol):
         ...
 
     def traffic(self) -> dict[str, float]:
-        """Return what sampling on this rank asked of others since the last call, for the log."""
+        """Return what sampling has asked of other ranks since the last call, for the log."""
         ...
 
     def keep_best(self) -> None:
@@ -80,32 +84,6 @@ class Trainer(Protocol):
     def write_best(self, draft: Draft) -> None:
         """Write ``model.safetensors`` and ``embeddings.safetensors`` of the best parameters."""
         ...
-
-
-@dataclasses.dataclass
-class Position:
-    """How far training is.
-
-    Attributes:
-        epoch: epoch in progress.
-        step: steps of that epoch that are done.
-        selection: evaluations so far.
-        sums: loss terms, summed over the epoch so far.
-        train_seconds: time in steps.
-        evaluate_seconds: time in evaluations.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    selection: Selection = dataclasses.field(default_factory=Selection)
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    train_seconds: float = 0.0
-    evaluate_seconds: float = 0.0
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Position":
-        """Return what ``dataclasses.asdict`` made JSON of."""
-        return cls(**{**state, "selection": Selection(**state["selection"])})
 
 
 def run(config: AlignConfig, context: Context) -> None:
@@ -251,20 +229,24 @@ def _fit(
     position = _resume(trainer, checkpoints, telemetry, rank)
     if goes_on and position == Position():
         _judge_start(trainer, position, telemetry)
-    done = position.epoch * trainer.num_steps + position.step
-    per_step = trainer.num_triples / trainer.num_steps
+    counter, note = StepCounter(position), ""
     total = config.epochs * trainer.num_triples
-    with telemetry.progress(total, "triples", done=round(done * per_step)) as progress:
+    per_step = trainer.num_triples / trainer.num_steps
+    done = round(_steps_done(trainer, position) * per_step)
+    with telemetry.progress(total, "triples", done=done) as progress:
         while position.epoch < config.epochs and position.selection.stale < config.patience:
-            with _timed(position, "train_seconds"):
-                for terms in trainer.steps(position.epoch, position.step):
-                    beat()
-                    _count_step(position, terms)
-                    progress.update(round(per_step), note=_note(position))
-                    step = position.epoch * trainer.num_steps + position.step
-                    if step % config.checkpoint_steps == 0:
-                        trainer.save(checkpoints, step, dataclasses.asdict(position))
-            _finish_epoch(config, trainer, position, telemetry)
+            counter.start()
+            for terms in trainer.steps(position.epoch, position.step):
+                beat()
+                counter.count(terms)
+                progress.update(round(per_step), note=note)
+                left = trainer.num_steps - position.step
+                if position.step % config.log_steps == 0 and left >= config.log_steps:
+                    note = _log_steps(config, trainer, counter, telemetry)
+                if _steps_done(trainer, position) % config.checkpoint_steps == 0:
+                    _save(trainer, checkpoints, counter)
+            note = _finish_epoch(config, trainer, counter, telemetry)
+            progress.update(0, note=note)
     return position
 
 
@@ -289,9 +271,20 @@ def _resume(trainer: Trainer, checkpoints: Path, telemetry: Telemetry, rank: Ran
         return Position()
     position = Position.from_state(trainer.restore(saved))
     # The row of a finished epoch is written after its last step, and again after this resume.
-    telemetry.rewind(position.epoch * trainer.num_steps, keep_start=True)
+    finished = position.step == trainer.num_steps
+    telemetry.rewind(_steps_done(trainer, position) - finished, keep_start=True)
     telemetry.say(f"resuming at epoch {position.epoch}, step {position.step}")
     return position
+
+
+def _steps_done(trainer: Trainer, position: Position) -> int:
+    """Return the optimizer steps since the run began."""
+    return position.epoch * trainer.num_steps + position.step
+
+
+def _save(trainer: Trainer, checkpoints: Path, counter: StepCounter) -> None:
+    state = dataclasses.asdict(counter.settle())
+    trainer.save(checkpoints, _steps_done(trainer, counter.position), state)
 
 
 def _judge_start(trainer: Trainer, position: Position, telemetry: Telemetry) -> None:
@@ -305,20 +298,21 @@ def _judge_start(trainer: Trainer, position: Position, telemetry: Telemetry) -> 
     telemetry.say(f"begins at valid {SELECTION_METRIC} {metrics[SELECTION_METRIC]:.4f}")
 
 
-def _count_step(position: Position, terms: Mapping[str, Tensor]) -> None:
-    position.step += 1
-    for name, term in terms.items():
-        position.sums[name] = position.sums.get(name, 0.0) + float(term)
+def _log_steps(
+    config: AlignConfig, trainer: Trainer, counter: StepCounter, telemetry: Telemetry
+) -> str:
+    """Log steps within an epoch; return the note for the progress."""
+    row = _row(config, trainer, counter)
+    telemetry.log(row, step=_steps_done(trainer, counter.position))
+    return _note(counter.position, row)
 
 
 def _finish_epoch(
-    config: AlignConfig, trainer: Trainer, position: Position, telemetry: Telemetry
-) -> None:
-    """Log the epoch that is complete, evaluate where it is due, and go on to the next epoch."""
-    row = {f"loss/{name}": total / trainer.num_steps for name, total in position.sums.items()}
-    row["learning_rate"] = learning_rate(config, position.epoch)
-    row["epoch"] = position.epoch
-    row |= trainer.traffic()
+    config: AlignConfig, trainer: Trainer, counter: StepCounter, telemetry: Telemetry
+) -> str:
+    """Evaluate where it is due, log the end of the epoch and go on to the next; return the note."""
+    position = counter.position
+    row = _row(config, trainer, counter)
     last = position.epoch + 1 == config.epochs
     if last or (position.epoch + 1) % config.evaluate_every == 0:
         with _timed(position, "evaluate_seconds"):
@@ -326,17 +320,33 @@ def _finish_epoch(
         if position.selection.offer(metrics, by=SELECTION_METRIC, epoch=position.epoch):
             trainer.keep_best()
         row |= {f"valid/{name}": value for name, value in metrics.items()}
-    position.epoch, position.step, position.sums = position.epoch + 1, 0, {}
-    seconds = position.train_seconds / position.epoch
-    row["triples_per_second"] = trainer.num_triples / max(seconds, 1e-9)
-    telemetry.log(row, step=position.epoch * trainer.num_steps)
+    note = _note(position, row)
+    position.epoch, position.step = position.epoch + 1, 0
+    telemetry.log(row, step=_steps_done(trainer, position))
+    return note
 
 
-def _note(position: Position) -> str:
-    best = position.selection.metrics.get(SELECTION_METRIC)
-    found = f", best valid {SELECTION_METRIC} {best:.4f}" if best is not None else ""
-    bpr = position.sums.get("bpr", 0.0) / position.step
-    return f"epoch {position.epoch}, bpr {bpr:.4f}{found}"
+def _row(config: AlignConfig, trainer: Trainer, counter: StepCounter) -> dict[str, float]:
+    """Return what the steps since the last row have shown; collective."""
+    position, stretch = counter.position, counter.take()
+    num_triples = stretch.steps * trainer.num_triples / trainer.num_steps
+    return {
+        **stretch.losses(),
+        "learning_rate": learning_rate(config, position.epoch),
+        # The number of an epoch stands for its end, so -1 for the start of the first.
+        "epoch": position.epoch - 1 + position.step / trainer.num_steps,
+        **trainer.traffic(),
+        "triples_per_second": num_triples / max(stretch.seconds, 1e-9),
+    }
+
+
+def _note(position: Position, row: Mapping[str, float]) -> str:
+    parts = [f"epoch {position.epoch}"]
+    if "loss/bpr" in row:
+        parts.append(f"bpr {row['loss/bpr']:.4f}")
+    if (best := position.selection.metrics.get(SELECTION_METRIC)) is not None:
+        parts.append(f"best valid {SELECTION_METRIC} {best:.4f}")
+    return ", ".join(parts)
 
 
 def _describe(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Int32, Int64, Shaped
@@ -189,18 +190,24 @@ class Traffic:
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
 
-    def take(self) -> dict[str, float]:
-        """Return shares and seconds for the telemetry and start to count afresh."""
+    def take(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, float]:
+        """Return shares and seconds for the telemetry and start to count afresh.
+
+        Args:
+            total: sums numbers over the ranks, like ``Exchange.sum``; default: this rank's alone.
+        """
         with self._lock:
-            counts = {name: float(n) for name, n in dataclasses.asdict(self).items()}
+            own = dataclasses.asdict(self)
             for field in dataclasses.fields(self):
                 setattr(self, field.name, field.default)
+        sums = total(torch.tensor([*own.values(), 1.0], dtype=torch.float64)).tolist()
+        counts, num_ranks = dict(zip(own, sums, strict=False)), sums[-1]
         return {
             "sampling/remote_node_share": _share(counts["remote_nodes"], counts["nodes"]),
             "sampling/sample_hit_rate": _share(counts["cached_nodes"], counts["remote_nodes"]),
             "sampling/remote_row_share": _share(counts["remote_rows"], counts["rows"]),
             "sampling/cache_hit_rate": _share(counts["cached_rows"], counts["remote_rows"]),
-            "sampling/wait_seconds": counts["wait_seconds"],
+            "sampling/wait_seconds": counts["wait_seconds"] / num_ranks,
         }
 
 

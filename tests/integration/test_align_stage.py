@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignrec import artifacts
-from alignrec.align import ABLATION, STAGE, training
+from alignrec.align import ABLATION, STAGE, position, training
 from alignrec.data import schema
 from alignrec.errors import UserError
 from alignrec.stage import Context, Stage, main
@@ -111,6 +112,46 @@ def test_the_artifact_holds_embeddings_parameters_history_and_facts(
     assert rows[-1]["loss/bpr"] < rows[0]["loss/bpr"]
 
 
+def test_a_long_epoch_has_rows_of_its_own_steps(folders: dict[str, Path], tmp_path: Path) -> None:
+    run_stage(STAGE, folders, tmp_path / "plain", {**SETTINGS, "epochs": 2})
+    run_stage(STAGE, folders, tmp_path / "often", {**SETTINGS, "epochs": 2, "log_steps": 2})
+    ends, rows = read_history(tmp_path / "plain"), read_history(tmp_path / "often")
+    num_steps = ends[0]["step"]
+    within = [row for row in rows if row["step"] % num_steps]
+    assert [row["step"] for row in within] == [2, num_steps + 2]  # a single step has none
+    assert [row["epoch"] for row in rows] == pytest.approx(
+        [row["step"] / num_steps - 1 for row in rows]
+    )
+    for row in within:
+        assert {"loss/bpr", "triples_per_second", "learning_rate"} <= row.keys()
+        assert "valid/recall@20" not in row
+    first = [row for row in rows if row["step"] <= num_steps]
+    steps = np.diff([0, *(row["step"] for row in first)])
+    mean = np.average([row["loss/bpr"] for row in first], weights=steps)
+    assert mean == pytest.approx(ends[0]["loss/bpr"])
+    whole = [{k: v for k, v in row.items() if k.startswith("valid")} for row in (ends[1], rows[-1])]
+    assert whole[0] == whole[1]
+
+
+def test_the_speed_of_an_epoch_is_its_own(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    steps = training.FullGraphTrainer.steps
+
+    def slower(self: training.FullGraphTrainer, epoch: int, first_step: int) -> Iterator[Any]:
+        for terms in steps(self, epoch, first_step):
+            clock[0] += 10.0**epoch
+            yield terms
+
+    monkeypatch.setattr(training.FullGraphTrainer, "steps", slower)
+    monkeypatch.setattr(position.time, "monotonic", lambda: clock[0])
+    run_stage(STAGE, folders, tmp_path / "align", {**SETTINGS, "epochs": 3})
+    speeds = [row["triples_per_second"] for row in read_history(tmp_path / "align")]
+    assert speeds[0] == pytest.approx(10 * speeds[1])
+    assert speeds[1] == pytest.approx(10 * speeds[2])
+
+
 def test_training_stops_when_validation_does_not_improve(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -146,7 +187,7 @@ def test_the_ablation_trains_without_content(folders: dict[str, Path], tmp_path:
 
 
 def test_a_killed_run_continues_to_the_same_bits(folders: dict[str, Path], tmp_path: Path) -> None:
-    settings = {**SETTINGS, "checkpoint_steps": 3, "edge_dropout": 0.3}
+    settings = {**SETTINGS, "checkpoint_steps": 3, "edge_dropout": 0.3, "log_steps": 2}
     run_stage(STAGE, folders, tmp_path / "whole", settings)
     output = tmp_path / "killed"
     for _ in range(2):
@@ -165,14 +206,18 @@ def test_sampled_on_two_ranks_writes_the_same_artifact(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "mode": "sampled", "num_ranks": 2, "num_neighbors": (3, 3)}
+    settings["log_steps"] = 2
     run_ranks(run_rank, 2, STAGE, folders, tmp_path / "align", settings)
     manifest = artifacts.verify(tmp_path / "align")
     assert manifest.facts["epochs_run"] == 4
     traffic = ("remote_node_share", "remote_row_share", "cache_hit_rate", "wait_seconds")
-    for row in read_history(tmp_path / "align"):
+    rows = read_history(tmp_path / "align")
+    assert len(rows) == 8
+    for row in rows:
         assert {f"sampling/{name}" for name in traffic} <= row.keys()
         assert {"loss/bpr", "loss/cca", "loss/reg", "triples_per_second"} <= row.keys()
-        assert row["sampling/remote_node_share"] > 0
+    # Batches are made ahead, so a row of few steps may have none.
+    assert any(row["sampling/remote_node_share"] > 0 for row in rows)
     tables = load_file(tmp_path / "align" / "embeddings.safetensors")
     assert tables["user"].shape == (NUM_USERS, 8)
     assert all(np.isfinite(table.numpy()).all() for table in tables.values())

@@ -62,9 +62,10 @@ def test_the_number_of_ranks_does_not_make_a_result_stale() -> None:
     assert STAGE.fingerprint(one, {}) != STAGE.fingerprint(other, {})
 
 
-def test_users_that_are_judged_count() -> None:
-    plain, some = STAGE.load_config({}), STAGE.load_config({"evaluate_users": 7})
-    assert STAGE.fingerprint(some, {}) != STAGE.fingerprint(plain, {})
+def test_users_that_are_judged_count_and_rows_of_the_history_do_not() -> None:
+    plain = STAGE.fingerprint(STAGE.load_config({}), {})
+    assert STAGE.fingerprint(STAGE.load_config({"log_steps": 7}), {}) == plain
+    assert STAGE.fingerprint(STAGE.load_config({"evaluate_users": 7}), {}) != plain
 
 
 def test_the_learning_rate_decays_by_four_percent_in_fifty_epochs() -> None:

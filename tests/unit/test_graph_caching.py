@@ -135,3 +135,12 @@ def test_traffic_is_taken_once() -> None:
         "sampling/wait_seconds": 0.5,
     }
     assert set(traffic.take().values()) == {0.0}
+
+
+def test_traffic_is_taken_over_all_ranks() -> None:
+    other = torch.tensor([30, 26, 0, 0, 0, 0, 1.5, 1.0], dtype=torch.float64)
+    traffic = Traffic()
+    traffic.add(nodes=10, remote_nodes=4, wait_seconds=0.5)
+    taken = traffic.take(lambda own: own + other)
+    assert taken["sampling/remote_node_share"] == 0.75
+    assert taken["sampling/wait_seconds"] == 1.0  # the mean
