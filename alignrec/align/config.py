@@ -257,7 +257,8 @@ class AlignConfig:
         if self.edge_dropout:
             raise UserError(
                 f"edge_dropout={self.edge_dropout} has no effect in mode sampled, where "
-                f"num_neighbors leaves neighbours out. Remove it, or set mode: full."
+                f"num_neighbors leaves neighbours out. Remove it (where the recipe sets it: --set "
+                f"align.edge_dropout=0), or set mode: full."
             )
         numbers = self.neighbors
         if len(numbers) != self.layers:
