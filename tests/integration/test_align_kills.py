@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import psutil
@@ -58,12 +59,16 @@ def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def run(words: list[str], log: Path, *, kill_after: float | None, rng: random.Random) -> int:
-    """Run the stage, or kill one of its ranks after some seconds; return the exit code."""
+    """Run the stage, or kill one of its ranks some seconds after it began; return the exit code."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as out:
         process = subprocess.Popen(words, env=environment, stdout=out, stderr=out)
+        if kill_after is None:
+            return process.wait(LONGEST_SECONDS)
+        while process.poll() is None and not ranks_of(process):  # busy machines start them late
+            Event().wait(0.05)
         try:
-            return process.wait(kill_after or LONGEST_SECONDS)
+            return process.wait(kill_after)
         except subprocess.TimeoutExpired:
             for rank in rng.sample(ranks := ranks_of(process), min(1, len(ranks))):
                 with contextlib.suppress(psutil.NoSuchProcess):
