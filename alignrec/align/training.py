@@ -229,7 +229,7 @@ def _fit(
     position = _resume(trainer, checkpoints, telemetry, rank)
     if goes_on and position == Position():
         _judge_start(trainer, position, telemetry)
-    counter, note = StepCounter(position), ""
+    counter, note = StepCounter(position), f"epoch {position.epoch}"
     total = config.epochs * trainer.num_triples
     per_step = trainer.num_triples / trainer.num_steps
     done = round(_steps_done(trainer, position) * per_step)
