@@ -24,6 +24,7 @@ from alignrec.errors import StageFailure, UserError
 
 # An input is named by its kind, but for a second artifact of the same kind.
 INPUT_KINDS = {"ablation": "embeddings"}
+Backend = Literal["nccl", "gloo"]
 # Name of the fact, and in a fingerprint, of the artifact that a stage went on from.
 EARLIER = "earlier"
 _RECOVERY_SECONDS = 60
@@ -44,6 +45,8 @@ class Stage:
         version: raised whenever the code would compute something else from the same settings.
         inherits: section whose settings this one starts from (an ablation varies another stage).
         driver: the work runs in the process that launches it, because it is a driver of Ray itself.
+        backend: how ranks that have GPUs talk; gloo where what they send lies in host memory, or
+            where several of them may share a GPU. Ranks without GPUs talk through gloo.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Stage:
     version: int = 1
     inherits: str | None = None
     driver: bool = False
+    backend: Backend = "nccl"
 
     def load_config(self, section: Mapping[str, Any] | None) -> Any:  # noqa: ANN401
         """Build the stage's configuration from its section of a recipe."""
@@ -85,6 +89,10 @@ class Stage:
         """Import the stage's work (this may load torch, ray and other engines)."""
         function: Callable[[Any, Context], None] = _load(self.run)
         return function
+
+    def uses_gpu(self, config: Any) -> bool:  # noqa: ANN401 - the stage's own
+        """Return whether its ranks compute on GPUs where there are any."""
+        return config.uses_gpu if isinstance(config, ChoosesDevice) else True
 
     def fingerprint(
         self,
@@ -131,6 +139,16 @@ class ReadsSources(Protocol):
 
     def source_identity(self) -> str:
         """Return a digest of what is there now (paths, sizes, times or checksums)."""
+        ...
+
+
+@typing.runtime_checkable
+class ChoosesDevice(Protocol):
+    """A configuration that says whether the stage computes on GPUs."""
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Return whether a GPU would be of use."""
         ...
 
 

@@ -155,7 +155,7 @@ def kept_or_written(
 
 def measure(folder: Path, case: Case, options: argparse.Namespace) -> dict[str, float]:
     """Sample some steps on this rank."""
-    with process_group() as rank:
+    with process_group(backend="gloo") as rank:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank.index % len(cores)]})
         exchange = Exchange(rank, new_group())

@@ -179,7 +179,7 @@ def train(root: Path, steps: int, config: AlignConfig) -> dict[str, float]:
     """Take some steps on this rank."""
     kinds = ("dataset", "features", "graph")
     opening = time.monotonic()
-    with process_group() as rank, freed_memory_kept():
+    with process_group(backend="gloo") as rank, freed_memory_kept():
         inputs = Inputs.open({kind: root / kind for kind in kinds})
         trainer = SampledTrainer(config, inputs, rank, work=root)
         losses = []

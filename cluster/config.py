@@ -23,7 +23,8 @@ class ClusterConfig:
     )
     gpus_per_rank: int | None = option(
         None,
-        "GPUs reserved for a rank; null: one where the hosts have enough, else none",
+        "GPUs reserved for a rank of a stage that computes on GPUs; null: one where the hosts have "
+        "enough, else none",
         minimum=0,
         affects_result=False,
     )

@@ -130,7 +130,14 @@ def hosts() -> list[Host]:
     return [Host(r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in resources]
 
 
-def share(machines: list[Host], num_ranks: int, config: ClusterConfig, *, stage: str) -> Share:
+def share(
+    machines: list[Host],
+    num_ranks: int,
+    config: ClusterConfig,
+    *,
+    stage: str,
+    uses_gpu: bool = True,
+) -> Share:
     """Return what each of ``num_ranks`` ranks may reserve so that all of them fit at once.
 
     Args:
@@ -138,11 +145,12 @@ def share(machines: list[Host], num_ranks: int, config: ClusterConfig, *, stage:
         num_ranks: ranks of the stage.
         config: fixed numbers of the recipe go before computed ones.
         stage: name of the stage, for the message.
+        uses_gpu: whether a GPU would not lie idle.
 
     Raises:
         UserError: they do not fit, and would wait for ever.
     """
-    gpus = config.gpus_per_rank
+    gpus = config.gpus_per_rank if uses_gpu else 0
     if gpus is None:
         gpus = 1 if sum(int(m.gpus) for m in machines) >= num_ranks else 0
     most = int(max((m.cpus for m in machines), default=0))

@@ -47,7 +47,9 @@ def run_stage(
         UserError: a rank raised it, or the ranks do not fit the cluster.
         StageFailure: a rank raised it, failed otherwise, or died too often.
     """
-    part = engine.share(engine.hosts(), num_ranks, cluster, stage=stage.name)
+    part = engine.share(
+        engine.hosts(), num_ranks, cluster, stage=stage.name, uses_gpu=stage.uses_gpu(config)
+    )
     variables = engine.rank_variables(part, os.environ, run=run)
     job = RankJob(stage, config, context, Path.cwd())
     start = _run_task if num_ranks == 1 else _run_train
@@ -157,7 +159,7 @@ def _run_train(
             worker_runtime_env={"env_vars": dict(variables)},
         ),
         torch_config=TorchConfig(
-            backend="nccl" if part.gpus else "gloo",
+            backend=job.stage.backend if part.gpus else "gloo",
             timeout_s=int(getattr(job.config, "timeout_seconds", TIMEOUT_SECONDS)),
         ),
     )

@@ -92,7 +92,7 @@ def sample(options: argparse.Namespace) -> None:
     check_installed(torch_geometric.__version__, has_pyg_lib=has_pyg_lib)
     from torch_geometric.distributed import DistContext, DistNeighborLoader
 
-    with process_group() as rank:
+    with process_group(backend="gloo") as rank:  # what is sampled lies in host memory
         num_partitions = read_meta(options.graph)["num_parts"]
         if rank.world_size != num_partitions:
             raise UserError(

@@ -12,6 +12,7 @@ STAGE = Stage(
     version=3,  # 2: other negatives; 3: which rows were trained is kept
     inputs=("dataset", "features", "graph"),
     optional_inputs=(),
+    backend="gloo",  # several ranks are mode sampled, which is on CPUs
 )
 
 # The same work with other settings, by default without content features, for comparison.

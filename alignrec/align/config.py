@@ -172,6 +172,11 @@ class AlignConfig:
         self._check_start()
 
     @property
+    def uses_gpu(self) -> bool:
+        """Whether a GPU would be of use: mode sampled computes on the CPU."""
+        return self.mode == "full"
+
+    @property
     def goes_on_from(self) -> Path | None:
         """Folder of the earlier embeddings that are named."""
         return self.initial.embeddings

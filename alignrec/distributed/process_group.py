@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from alignrec.errors import StageFailure
+from alignrec.stage import Backend
 
 TIMEOUT_SECONDS = 300.0
 
@@ -56,11 +57,17 @@ def rank_from_environment(environment: Mapping[str, str] | None = None) -> Rank:
 
 
 @contextlib.contextmanager
-def process_group(*, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Rank]:
+def process_group(
+    *, timeout_seconds: float = TIMEOUT_SECONDS, backend: Backend = "nccl"
+) -> Iterator[Rank]:
     """Join the peers for the length of the block and yield this rank.
 
-    Uses the default process group where the caller (Ray Train) has made one; makes it with gloo on
-    CPU and NCCL on CUDA where the environment names several ranks; does nothing for one rank.
+    Uses the default process group where the caller (Ray Train) has made one; makes it where the
+    environment names several ranks; does nothing for one rank.
+
+    Args:
+        timeout_seconds: how long a rank waits for a silent peer.
+        backend: of the stage (``Stage.backend``): how ranks with GPUs talk.
 
     Raises:
         StageFailure: the peers did not all arrive in ``timeout_seconds``.
@@ -68,11 +75,13 @@ def process_group(*, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Rank]
     rank = rank_from_environment()
     owner = rank.world_size > 1 and not dist.is_initialized()
     if owner:
-        backend = "nccl" if rank.device.type == "cuda" else "gloo"
-        if backend == "nccl":
+        has_gpu = rank.device.type == "cuda"
+        if has_gpu:
             torch.cuda.set_device(rank.device)
         try:
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+            dist.init_process_group(
+                backend if has_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
+            )
         except (RuntimeError, dist.DistError) as error:
             raise StageFailure(
                 f"rank {rank.index} of {rank.world_size} could not join its peers at "

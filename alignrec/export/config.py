@@ -18,6 +18,11 @@ class ExportConfig:
     mmrec: bool = option(default=False, help="also write the files that MMRec reads")
     mmrec_name: str = option("alignrec", "name of the MMRec data set: <name>.inter")
 
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether a GPU would be of use."""
+        return False
+
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.mmrec_name):
             raise UserError(

@@ -10,4 +10,5 @@ STAGE = Stage(
     version=2,  # 2: streaming places nodes in blocks that do not depend on the files
     inputs=("dataset", "features"),
     optional_inputs=(),
+    backend="gloo",  # ranks wait for each other and send nothing; several may search on one GPU
 )
