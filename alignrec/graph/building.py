@@ -16,7 +16,7 @@ from alignrec.data import schema as dataset_schema
 from alignrec.data.embeddings import check_same_dataset
 from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.errors import UserError
-from alignrec.graph import layout, schema
+from alignrec.graph import STAGE, layout, schema
 from alignrec.graph.config import GraphConfig
 from alignrec.graph.edges import GraphStreams, count_degrees
 from alignrec.graph.partition import Assignment, partitioner
@@ -26,10 +26,6 @@ from alignrec.graph.searching import Search
 from alignrec.graph.similarity import open_similarity, pack_similarity, write_similarity
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
-
-# The ranks wait for each other after searches of very different length, and for rank 0 while it
-# assigns nodes to partitions. The death of a rank closes its connections and is noticed at once.
-_TIMEOUT_SECONDS = 4 * 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Inputs:
 def run(config: GraphConfig, context: Context) -> None:
     """Build the graph artifact; collective."""
     with (
-        process_group(timeout_seconds=_TIMEOUT_SECONDS) as rank,
+        process_group(timeout_seconds=config.timeout_seconds, backend=STAGE.backend) as rank,
         Telemetry(context.log_dir, "graph", enabled=rank.is_first) as telemetry,
     ):
         inputs = read_inputs(context.inputs["dataset"], context.inputs["features"])

@@ -34,6 +34,12 @@ class KnnConfig:
 class GraphConfig:
     """How the item-item graph is built and how the whole graph is cut into partitions."""
 
+    num_ranks: int = option(
+        1,
+        "processes that search neighbours and write partitions together",
+        minimum=1,
+        affects_result=False,
+    )
     k: int = option(10, "nearest neighbours that each item chooses by cosine", minimum=1)
     knn: KnnConfig = option(KnnConfig(), "search of the nearest neighbours")
     similarity_weight: Literal["cosine", "binary"] = option(
@@ -62,6 +68,14 @@ class GraphConfig:
     block_columns: int = option(
         8192,
         "items compared at once, columns; memory is 20 bytes x rows x columns",
+        minimum=1,
+        affects_result=False,
+    )
+
+    timeout_seconds: float = option(
+        14_400.0,
+        "how long a rank waits for a silent peer: as long as rank 0 assigns nodes to partitions or "
+        "as searches end apart; the death of a rank is noticed at once",
         minimum=1,
         affects_result=False,
     )

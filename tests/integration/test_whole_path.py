@@ -30,7 +30,7 @@ pretrain:
   tokenizer: {vocabulary_size: 400}
   epochs: 1
 features:
-graph: {num_partitions: 2}
+graph: {num_ranks: 2, num_partitions: 2}
 align: {mode: sampled, num_ranks: 2, epochs: 2, batch_size: 256}
 ablation: {mode: full, num_ranks: 1}
 evaluation:
@@ -66,6 +66,7 @@ def test_the_whole_path_and_what_runs_again(tmp_path: Path) -> None:
     assert states(launch(tmp_path)) == dict.fromkeys(STAGES, "ran")
     for stage in STAGES:
         artifacts.verify(run / stage)
+    assert (run / "graph.logs" / "rank_1.log").exists()
     _check_lists(run)
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     models = {"alignrec", "ablation", "popularity", "zero_shot", "item_cf"}

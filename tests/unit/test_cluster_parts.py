@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alignrec import artifacts
+from alignrec import align, artifacts, export, graph, pretrain
 from alignrec.errors import StageFailure, UserError
 from alignrec.stage import Context, Stage
 from cluster import kubernetes, worker_group
@@ -34,6 +34,67 @@ def test_all_ranks_fit_at_once(hosts: list[Host], ranks: int, expected: Share) -
     part = share(hosts, ranks, ClusterConfig(), stage="align")
     assert part == expected
     assert sum(int(host.cpus) // part.cpus for host in hosts) >= ranks
+
+
+def test_no_gpu_is_reserved_where_it_would_lie_idle() -> None:
+    hosts = [Host(16, 8)]
+    assert share(hosts, 8, ClusterConfig(), stage="align", uses_gpu=False) == Share(2, 0)
+    fixed = ClusterConfig(gpus_per_rank=1)
+    assert share(hosts, 8, fixed, stage="align", uses_gpu=False) == Share(2, 0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "ranks", "gpus", "backend"),
+    [
+        (pretrain.STAGE, {}, 8, 1, "nccl"),
+        (graph.STAGE, {}, 8, 1, "gloo"),  # each searches on its own
+        (graph.STAGE, {}, 9, 0, "gloo"),
+        (align.STAGE, {"mode": "sampled"}, 8, 0, "gloo"),
+        (align.ABLATION, {"mode": "sampled"}, 8, 0, "gloo"),
+        (align.STAGE, {}, 1, 1, None),
+        (export.STAGE, {}, 1, 0, None),
+    ],
+)
+def test_what_a_stage_computes_on_and_talks_through(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: Stage,
+    settings: dict[str, Any],
+    ranks: int,
+    gpus: int,
+    backend: str | None,
+) -> None:
+    import ray.train.torch
+
+    parts, trainers = list[Share](), list[dict[str, Any]]()
+    config = stage.load_config(settings)
+
+    def start(job: RankJob, num_ranks: int, part: Share, variables: dict[str, str]) -> Any:
+        parts.append(part)
+        return {} if num_ranks == 1 else run_train(job, num_ranks, part, variables)
+
+    run_train = worker_group._run_train
+    monkeypatch.setattr(worker_group.engine, "hosts", lambda: [Host(16, 8)])
+    monkeypatch.setattr(worker_group, "_run_task", start)
+    monkeypatch.setattr(worker_group, "_run_train", start)
+    monkeypatch.setattr(worker_group, "_fit", lambda _: {})
+    monkeypatch.setattr(
+        ray.train.torch, "TorchTrainer", lambda *_, **options: trainers.append(options)
+    )
+    worker_group.run_stage(
+        stage,
+        config,
+        job(tmp_path).context,
+        num_ranks=ranks,
+        cluster=ClusterConfig(),
+        run="r",
+        show=print,
+    )
+    assert [part.gpus for part in parts] == [gpus]
+    assert [trainer["torch_config"].backend for trainer in trainers] == [backend][: len(trainers)]
+    for trainer in trainers:
+        assert trainer["torch_config"].timeout_s == config.timeout_seconds
+        assert trainer["scaling_config"].use_gpu == bool(gpus)
 
 
 @pytest.mark.parametrize(

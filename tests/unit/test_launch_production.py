@@ -46,7 +46,9 @@ def test_it_is_checked_as_a_whole(production: Recipe) -> None:
     assert align.mode == "sampled"
     assert str(align.initial.embeddings) == "/shared/runs/weekly/align"
     assert align.initial.optional  # the first run starts from nothing
-    assert section(production, "graph").num_partitions % align.num_ranks == 0
+    graph = section(production, "graph")
+    assert graph.num_ranks == align.num_ranks
+    assert graph.num_partitions % align.num_ranks == 0
     pretrain = section(production, "pretrain")
     assert pretrain.split_batch(pretrain.num_ranks) == (64, 2)
     assert production.resolved().keys() >= {"evaluation", "export", "cluster"}
