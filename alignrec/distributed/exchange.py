@@ -153,19 +153,23 @@ class Exchange:
 
     def _missing_ranks(self) -> str:
         """Call the roll through the store: ranks that live sign, as they meet the same error."""
+        keeper = "the launcher" if self.rank_index == 0 else "rank 0"
+        no_store = f"{keeper}, which keeps the ranks' common store, does not answer"
+        store = dist.distributed_c10d._get_default_store()
         try:
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"alignrec/alive/{self.rank_index}", "1")
+            store.set(_signature(self.rank_index), "1")
         except (RuntimeError, dist.DistError):
-            return "rank 0, which keeps the ranks' common store, does not answer"
-        limit = datetime.timedelta(seconds=self._roll_call_seconds)
+            return no_store
+        seconds = self._roll_call_seconds
         missing = []
         for other in range(self.world_size):
-            try:
-                store.wait([f"alignrec/alive/{other}"], limit)
-            except (RuntimeError, dist.DistError):
-                missing.append(str(other))
-                limit = datetime.timedelta(seconds=1)
+            if other == self.rank_index or _has_signed(store, other, seconds=seconds):
+                continue
+            # Without the store nobody has signed, this rank included.
+            if not _has_signed(store, self.rank_index, seconds=1):
+                return no_store
+            missing.append(str(other))
+            seconds = 1
         if not missing:
             return "all ranks live, but the connection between them broke"
         # A rank that is busy elsewhere signs no sooner than it exchanges again.
@@ -368,6 +372,19 @@ def sums_by_row(
             total = total.new_zeros((len(block), *total.shape[1:])).index_add_(0, places, total)
         yield block, total
         first = last
+
+
+def _signature(rank_index: int) -> str:
+    return f"alignrec/alive/{rank_index}"
+
+
+def _has_signed(store: dist.Store, rank_index: int, *, seconds: float) -> bool:
+    """Wait for a rank's signature; False where it does not come, or the store is gone."""
+    try:
+        store.wait([_signature(rank_index)], datetime.timedelta(seconds=seconds))
+    except (RuntimeError, dist.DistError):
+        return False
+    return True
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """Rows travel between ranks: any counts, duplicates, gradients, and a rank that dies."""
 
+import os
 import re
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,4 +111,28 @@ def test_a_lost_rank_is_named_by_the_others() -> None:
     for rank in (0, 2):
         assert re.search(
             rf"rank {rank} of 3 failed .*: rank 1 does not answer within 3 s", seen[rank]
+        )
+
+
+def lose_the_store(folder: Path) -> None:
+    """Rank 0, which keeps the store here as under most launchers, is killed."""
+    with process_group(timeout_seconds=60) as rank:
+        exchange = Exchange(rank, roll_call_seconds=3)
+        ids = torch.arange(6)
+        exchange.send(ids, ids % 3)
+        if rank.is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(StageFailure) as caught:
+            exchange.send(ids, ids % 3)
+        (folder / f"{rank.index}").write_text(str(caught.value))
+
+
+@pytest.mark.multiprocess
+def test_the_loss_of_the_rank_with_the_store_is_told_from_that_of_others(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"1 of 3 ranks failed\n--- rank 0:\ndied"):
+        run_ranks(lose_the_store, 3, tmp_path)
+    for rank in (1, 2):
+        told = (tmp_path / f"{rank}").read_text()
+        assert re.search(
+            rf"rank {rank} of 3 failed .*: rank 0, which keeps .* does not answer", told
         )
