@@ -27,6 +27,9 @@ from alignrec.graph.similarity import open_similarity, pack_similarity, write_si
 from alignrec.stage import Context
 from alignrec.telemetry import Telemetry
 
+# Largest partition over the average, in edges, from which on the log says so.
+_UNEVEN = 1.5
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -52,6 +55,7 @@ def run(config: GraphConfig, context: Context) -> None:
         Telemetry(context.log_dir, "graph", enabled=rank.is_first) as telemetry,
     ):
         inputs = read_inputs(context.inputs["dataset"], context.inputs["features"])
+        check_partitions(config, inputs)
         draft = Draft(partial_path(context.output))
         if rank.is_first:
             artifacts.open_draft(context.output, fingerprint=context.fingerprint)
@@ -84,6 +88,12 @@ def read_inputs(dataset: Path, features: Path) -> Inputs:
     """
     counts = artifacts.read(dataset, "dataset").counts
     num_users, num_items = counts["num_users"], counts["num_items"]
+    if max(num_users, num_items) > schema.MAX_NODES:
+        raise UserError(
+            f"{dataset} has {num_users} users and {num_items} items, but the graph numbers at most "
+            f"{schema.MAX_NODES} of each: larger numbers would be other nodes. Prepare fewer, as "
+            f"with data_prep.interactions.min_user_interactions."
+        )
     check_same_dataset(features, dataset)
     try:
         rows = np.load(features / "features.npy", mmap_mode="r")
@@ -100,6 +110,21 @@ def read_inputs(dataset: Path, features: Path) -> Inputs:
         )
     interactions = dataset_schema.interactions_path(dataset, "train")
     return Inputs(interactions, num_users, num_items, rows)
+
+
+def check_partitions(config: GraphConfig, inputs: Inputs) -> None:
+    """Refuse more partitions than could have a node each.
+
+    Raises:
+        UserError: there are.
+    """
+    num_nodes = inputs.num_users + inputs.num_items
+    if config.num_partitions > num_nodes:
+        raise UserError(
+            f"graph.num_partitions={config.num_partitions} is more than the {num_nodes} users and "
+            f"items: most partitions would be empty, and METIS may put everything into one. Lower "
+            f"it, to 2 to 4 times the ranks of align."
+        )
 
 
 def write_degrees(inputs: Inputs, work: Path) -> None:
@@ -173,6 +198,13 @@ def write_graph(
         f"edges, {config.num_partitions} partitions by {method}: "
         f"{draft.facts['edge_cut']['user__rates__item']:.1%} of interactions cut"
     )
+    uneven = draft.facts["balance"]["all_edges"]
+    if uneven > _UNEVEN:
+        telemetry.say(
+            f"warning: the largest partition has {uneven:.1f} times the average number of edges, "
+            f"and its rank needs as much more memory and time; fewer partitions, or another "
+            f"graph.partition_method, may be more even"
+        )
 
 
 def assign(

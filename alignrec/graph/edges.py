@@ -158,15 +158,18 @@ def count_degrees(
     """Return how many interactions each user and item has.
 
     Raises:
-        UserError: there are none, or one is of an unknown user or item.
+        UserError: there are none, one is of an unknown user or item, or they are not sorted by
+            user and item, each pair once.
     """
     sizes = {USER: num_users, ITEM: num_items}
     degree = {node_type: np.zeros(size, dtype=np.int64) for node_type, size in sizes.items()}
     total = 0
+    before = np.array([-1, -1])
     for block in interaction_blocks(path, Rank()):
         for node_type, ids in ((USER, block.source), (ITEM, block.target)):
             _check_ids(path, node_type, ids, sizes[node_type])
             np.add.at(degree[node_type], ids, 1)
+        before = _check_order(path, block, before)
         total += len(block)
     if total == 0:
         raise UserError(
@@ -174,6 +177,27 @@ def count_degrees(
             f"data_prep read and its filters."
         )
     return degree
+
+
+def _check_order(path: Path, block: EdgeBlock, before: Integers) -> Integers:
+    """Check that each interaction comes after the one before it; return the last.
+
+    A repeated one would count twice in degrees and samples, but once in mode full of align.
+    """
+    users, items = (
+        np.concatenate([[first], ids])
+        for first, ids in zip(before, (block.source, block.target), strict=True)
+    )
+    step = np.diff(users)
+    wrong = np.flatnonzero((step < 0) | ((step == 0) & (np.diff(items) <= 0)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"{path} has (user_index {users[row + 1]}, item_index {items[row + 1]}) in row "
+            f"{block.first + row} after ({users[row]}, {items[row]}), but interactions are sorted "
+            f"by user and item, each once: a repeated one would count twice. Run data_prep again."
+        )
+    return np.array([users[-1], items[-1]])
 
 
 def _check_ids(path: Path, node_type: NodeType, ids: Integers, limit: int) -> None:

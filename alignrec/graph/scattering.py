@@ -64,12 +64,15 @@ class ScatteredEdges:
             for node_type in NODE_TYPES
         }
         cut = {}
+        edges = np.zeros(num_partitions, dtype=np.int64)
         for edge_type in EDGE_TYPES:
             paths = [self.folder / f"counts_{_name(edge_type)}_{r}.npy" for r in self._ranks]
             counts = np.sum([np.load(path) for path in paths], axis=0)
             balance[_name(edge_type)] = _balance(counts[0])
+            edges += counts[0]
             total = int(counts[0].sum())
             cut[_name(edge_type)] = round(int(counts[1].sum()) / total, 4) if total else 0.0
+        balance["all_edges"] = _balance(edges)
         return {"balance": balance, "edge_cut": cut}
 
     @property

@@ -14,6 +14,9 @@ REV_RATES: EdgeType = (ITEM, "rev_rates", USER)
 SIMILAR: EdgeType = (ITEM, "similar", ITEM)
 EDGE_TYPES: tuple[EdgeType, ...] = (RATES, REV_RATES, SIMILAR)
 
+# Node ids of a type are int32 in lists, maps and files; edges are counted with 64 bits.
+MAX_NODES = 2**31 - 1
+
 
 def meta_path(graph: Path) -> Path:
     """Return the file of counts and types; its name is PyG's."""

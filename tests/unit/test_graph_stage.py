@@ -13,7 +13,7 @@ from alignrec import artifacts
 from alignrec.data.schema import INTERACTIONS, interactions_path, read_interactions
 from alignrec.distributed.process_group import Rank
 from alignrec.errors import UserError
-from alignrec.graph import STAGE, layout, schema, searching
+from alignrec.graph import STAGE, edges, layout, schema, searching
 from alignrec.graph.config import GraphConfig
 from alignrec.stage import main
 from alignrec.telemetry import Telemetry
@@ -140,6 +140,56 @@ def test_interaction_with_an_unknown_item(inputs: dict[str, Path], tmp_path: Pat
     table[0]["item_index"] = 30
     pq.write_table(type(pq.read_table(path)).from_pylist(table, schema=INTERACTIONS), path)
     with pytest.raises(UserError, match=r"item_index 30, outside of 0\.\.29"):
+        write_graph(tmp_path / "graph", **inputs)
+
+
+def test_more_nodes_than_32_bits_number(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "MAX_NODES", 30)
+    write_graph(tmp_path / "most", **inputs)
+    monkeypatch.setattr(schema, "MAX_NODES", 29)
+    with pytest.raises(UserError, match="20 users and 30 items, but the graph numbers at most 29"):
+        write_graph(tmp_path / "graph", **inputs)
+
+
+def test_more_partitions_than_nodes(inputs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_partitions=51 is more than the 50 users and items"):
+        write_graph(tmp_path / "graph", **inputs, num_partitions=51)
+
+
+def test_uneven_partitions_are_told(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Telemetry, "say", lambda _, line: said.append(line))
+    write_graph(tmp_path / "even", **inputs, num_partitions=2)
+    assert not any("warning" in line for line in said)
+    uneven = write_graph(tmp_path / "uneven", **inputs, num_partitions=25, partition_method="hash")
+    factor = artifacts.read(uneven, "graph").facts["balance"]["all_edges"]
+    assert factor > 2
+    assert f"the largest partition has {factor:.1f} times the average number" in said[-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([0, 1, 1], r"in row 2 after"),
+        ([1, 0], r"in row 1 after"),
+        ([0, 40, 3], r"in row 2 after"),
+    ],
+)
+def test_repeated_or_unsorted_interactions(
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[int],
+    told: str,
+) -> None:
+    monkeypatch.setattr(edges, "BLOCK_EDGES", 2)  # the last row is in a block of its own
+    path = interactions_path(inputs["dataset"], "train")
+    pq.write_table(pq.read_table(path).take(rows), path)
+    with pytest.raises(UserError, match=f"{told}.* each once"):
         write_graph(tmp_path / "graph", **inputs)
 
 
