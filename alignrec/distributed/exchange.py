@@ -378,7 +378,7 @@ def _signature(rank_index: int) -> str:
     return f"alignrec/alive/{rank_index}"
 
 
-def _has_signed(store: dist.Store, rank_index: int, *, seconds: float) -> bool:
+def _has_signed(store: Any, rank_index: int, *, seconds: float) -> bool:  # noqa: ANN401 - Store
     """Wait for a rank's signature; False where it does not come, or the store is gone."""
     try:
         store.wait([_signature(rank_index)], datetime.timedelta(seconds=seconds))
