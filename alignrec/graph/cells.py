@@ -135,7 +135,8 @@ def search_cells(
         _search_block(index, queries[first : first + step], k, probes, include_self)
         for first in range(0, len(queries), step)
     ]
-    return decode(torch.cat([torch.empty((0, k), dtype=torch.int64), *parts]), k)
+    keys = torch.cat([torch.empty((0, k), dtype=torch.int64), *parts])
+    return decode(keys, torch.from_numpy(index.items[queries]), k)
 
 
 def recall_by_probes(
@@ -200,6 +201,7 @@ def _search_block(
     counts = torch.bincount(cells, minlength=len(index.centroids)).tolist()
     keys = torch.full((len(slots), k), NOTHING, dtype=torch.int64, device=device)
     place = torch.from_numpy(queries).to(device)
+    asking = torch.from_numpy(index.items[queries]).to(device)
     first = 0
     for cell, count in enumerate(counts):
         start, stop = int(index.starts[cell]), int(index.starts[cell + 1])
@@ -207,14 +209,20 @@ def _search_block(
             for mine in torch.split(slots[first : first + count], _BLOCK_NUMBERS // _COLUMNS):
                 query = mine // probes
                 own = None if include_self else place[query]
-                keys[mine] = _search_cell(index, vectors[query], own, start, stop, k)
+                keys[mine] = _search_cell(index, vectors[query], asking[query], own, start, stop, k)
         first += count
     best: Tensor = keys.view(len(queries), -1).topk(k, dim=1).values
     return best.cpu()
 
 
 def _search_cell(
-    index: CellIndex, vectors: Tensor, own: Tensor | None, start: int, stop: int, k: int
+    index: CellIndex,
+    vectors: Tensor,
+    asking: Tensor,
+    own: Tensor | None,
+    start: int,
+    stop: int,
+    k: int,
 ) -> Tensor:
     """Return order keys of the best k among the positions ``start`` .. ``stop - 1``."""
     best = torch.empty((len(vectors), 0), dtype=torch.int64, device=vectors.device)
@@ -222,7 +230,7 @@ def _search_cell(
         last = min(first + _COLUMNS, stop)
         columns = torch.from_numpy(np.array(index.rows[first:last])).to(vectors.device)
         items = torch.from_numpy(index.items[first:last]).to(vectors.device)
-        keys = order_keys(vectors @ columns.T, items)
+        keys = order_keys(vectors @ columns.T, asking, items)
         if own is not None:
             inside = ((own >= first) & (own < last)).nonzero()[:, 0]
             keys[inside, own[inside] - first] = NOTHING

@@ -14,11 +14,17 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from alignrec.errors import UserError
+from alignrec.graph.hashing import hash_ids, salt
 
-# Cosines nearer than this count as equal and the lower item_index wins, so that the rounding of
-# one matrix product or another (block sizes, threads, CPU or GPU) does not decide.
+# Cosines nearer than this count as equal and a hash of both items decides, so that the rounding of
+# one matrix product or another (block sizes, threads, CPU or GPU) does not.
 RESOLUTION = 2.0**-20
 _INDEX_BITS = 32
+_INDEX_MASK = (1 << _INDEX_BITS) - 1
+_STREAM = 0x544945
+# An odd factor permutes 32-bit numbers, consecutive ones evenly (2**32 over the golden ratio).
+_FACTOR = 0x9E3779B1
+_INVERSE = pow(_FACTOR, -1, 1 << _INDEX_BITS)
 NOTHING = -(1 << 62)
 
 
@@ -113,7 +119,7 @@ def nearest_keys(
         else:
             ids = among[first:last].to(rows.device)
             columns, empty = rows.take(ids)
-        keys = order_keys(vectors @ columns.T, ids)  # (rows, columns)
+        keys = order_keys(vectors @ columns.T, queries, ids)  # (rows, columns)
         keys[:, empty] = NOTHING
         if not include_self:
             place = torch.searchsorted(ids, queries).clamp_max(len(ids) - 1)
@@ -135,39 +141,52 @@ def nearest_items(
 ) -> Neighbors:
     """Find the k items of largest cosine among all, exactly (see ``nearest_keys``)."""
     keys = nearest_keys(rows, queries, k=k, block_columns=block_columns, include_self=include_self)
-    return decode(keys, k)
+    return decode(keys, queries.to(rows.device), k)
 
 
 def order_keys(
-    similarity: Float[Tensor, "rows columns"], items: Int64[Tensor, " columns"]
+    similarity: Float[Tensor, "rows columns"],
+    queries: Int64[Tensor, " rows"],
+    items: Int64[Tensor, " columns"],
 ) -> Int64[Tensor, "rows columns"]:
-    """Return integers whose order is: larger cosine first, then lower item_index.
+    """Return integers whose order is: larger cosine first, then as both items' numbers mix.
+
+    Items that are equal (the same product twice, items without text that share a picture) are thus
+    chosen by different ones of those to whom they are equally near. By item_index the first few of
+    them would be everyone's neighbours.
 
     Args:
         similarity: cosines; overwritten.
+        queries: item_index of each row.
         items: item_index of each column.
     """
     steps = similarity.div_(RESOLUTION).round_().to(torch.int64)
-    return steps.bitwise_left_shift_(_INDEX_BITS).add_((1 << _INDEX_BITS) - 1 - items)
+    keys = steps.bitwise_left_shift_(_INDEX_BITS).bitwise_or_(items * _FACTOR & _INDEX_MASK)
+    return keys.bitwise_xor_(_masks(queries))
 
 
-def encode(neighbors: Neighbors) -> Int64[Tensor, "rows k"]:
-    """Return the order keys of neighbours: what ``decode`` was given."""
+def encode(neighbors: Neighbors, queries: Int64[Tensor, " rows"]) -> Int64[Tensor, "rows k"]:
+    """Return the order keys of the queries' neighbours: what ``decode`` was given."""
     steps = (neighbors.cosine.to(torch.float64) / RESOLUTION).round().to(torch.int64)
-    keys = (steps << _INDEX_BITS) + ((1 << _INDEX_BITS) - 1 - neighbors.index)
-    return keys.masked_fill(neighbors.index < 0, NOTHING)
+    mixed = (neighbors.index * _FACTOR & _INDEX_MASK) ^ _masks(queries)
+    return ((steps << _INDEX_BITS) | mixed).masked_fill(neighbors.index < 0, NOTHING)
 
 
-def decode(keys: Int64[Tensor, "rows found"], k: int) -> Neighbors:
-    """Return the items and cosines of order keys; -1 and 0 where there is nothing."""
+def decode(keys: Int64[Tensor, "rows found"], queries: Int64[Tensor, " rows"], k: int) -> Neighbors:
+    """Return the items and cosines of the queries' order keys; -1 and 0 where there is nothing."""
     absent = keys <= NOTHING
-    index = (1 << _INDEX_BITS) - 1 - (keys & ((1 << _INDEX_BITS) - 1))
+    index = ((keys ^ _masks(queries)) & _INDEX_MASK) * _INVERSE & _INDEX_MASK
     cosine = (keys >> _INDEX_BITS).to(torch.float32) * RESOLUTION
     pad = (0, k - keys.shape[1])
     return Neighbors(
         torch.nn.functional.pad(index.masked_fill(absent, -1), pad, value=-1),
         torch.nn.functional.pad(cosine.masked_fill(absent, 0.0), pad, value=0.0),
     )
+
+
+def _masks(queries: Int64[Tensor, " rows"]) -> Int64[Tensor, "rows 1"]:
+    """Return random bits of each query, which put equally near items in an order of its own."""
+    return (hash_ids(queries, salt(_STREAM)) & _INDEX_MASK)[:, None]
 
 
 def _blocks(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -45,7 +45,7 @@ class Previous:
         """Return the order keys of the lists of unchanged items."""
         rows = items.cpu().numpy()
         index = torch.from_numpy(self.index[rows].astype(np.int64))
-        return encode(Neighbors(index, torch.from_numpy(self.cosine[rows])))
+        return encode(Neighbors(index, torch.from_numpy(self.cosine[rows])), items.cpu())
 
 
 def row_digests(features: npt.NDArray[np.floating]) -> Digests:

@@ -72,6 +72,7 @@ class Search:
             "k": self.config.k,
             "include_self": self.config.paper_compatible,
             "feature": f"{self.features.shape[1]} x {self.features.dtype.name}",
+            "ties": "hash",  # of equally near items; before: the lower item_index
         }
 
     def run(self) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Search:
                         k=self.config.k,
                         block_columns=self.config.block_columns,
                     )
-                    parts.append(knn.decode(keys, self.config.k))
+                    parts.append(knn.decode(keys, block.to(rows.device), self.config.k))
                     incomplete.append(lacking)
                     progress.update(len(block))
                 _save_chunk(path, items, parts, torch.cat(incomplete))

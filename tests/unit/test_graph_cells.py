@@ -67,7 +67,7 @@ def test_laws_hold_with_few_cells(tmp_path: Path) -> None:
     assert (np.diff(cosine, axis=1) <= 0).all()
     for item in range(200, 205):  # equal rows are in one cell, so find each other first
         others = [i for i in range(200, 205) if i != item]
-        assert index[item, :4].tolist() == others
+        assert sorted(index[item, :4].tolist()) == others
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.99])

@@ -9,7 +9,14 @@ import torch
 
 from alignrec.errors import UserError
 from alignrec.graph import similarity
-from alignrec.graph.knn import FeatureRows, Neighbors, nearest_items
+from alignrec.graph.knn import (
+    FeatureRows,
+    Neighbors,
+    decode,
+    encode,
+    nearest_items,
+    order_keys,
+)
 
 
 def search(
@@ -58,12 +65,39 @@ def test_equals_brute_force_for_any_blocks(rows: int, columns: int) -> None:
     np.testing.assert_array_equal(found.index.numpy(), brute_force(features, 6))
 
 
-def test_equal_similarities_go_by_index() -> None:
-    features = np.ones((9, 3), dtype=np.float32)
-    found = search(features, k=3, rows=2, columns=4)
-    for item in range(9):
-        assert found.index[item].tolist() == [i for i in range(9) if i != item][:3]
-    torch.testing.assert_close(found.cosine, torch.ones(9, 3))
+def test_equal_items_are_chosen_equally_often(tmp_path: Path) -> None:
+    """Chosen by item_index, ten of them would have degree 600, and rows of S would sum to 0.13."""
+    features = np.random.default_rng(6).normal(size=(700, 3)).astype(np.float32)
+    features[50:650] = features[50]
+    found = search(features, k=10, rows=300, columns=256)
+    assert (found.index != torch.arange(700)[:, None]).all()
+    assert ((found.index[50:650] >= 50) & (found.index[50:650] < 650)).all()
+    assert all(len(set(row)) == 10 for row in found.index.tolist())
+    torch.testing.assert_close(found.cosine[50:650], torch.ones(600, 10))
+    chosen = np.bincount(found.index.numpy().ravel(), minlength=700)
+    assert chosen[50:650].max() < 30
+    matrix = similarity_graph(found, tmp_path, weight="cosine", symmetric=True)
+    assert 0.5 < matrix[50:650].sum(axis=1).min() < matrix[50:650].sum(axis=1).max() < 1.6
+
+
+def test_who_chooses_which_of_equal_items_does_not_depend_on_blocks() -> None:
+    features = np.tile(np.random.default_rng(7).normal(size=(5, 3)), (8, 1)).astype(np.float32)
+    whole = search(features, k=3)
+    for rows, columns in ((3, 7), (40, 16)):
+        np.testing.assert_array_equal(
+            search(features, k=3, rows=rows, columns=columns).index, whole.index
+        )
+
+
+def test_order_keys_are_undone() -> None:
+    items = torch.tensor([0, 1, 77, 2**31 - 2])
+    cosine = torch.tensor([[-1.0, 1.0, 0.25, 0.25], [0.5, -0.5, 0.0, 1.0]])
+    queries = torch.tensor([2**31 - 3, 5])
+    keys = order_keys(cosine.clone(), queries, items)
+    found = decode(keys, queries, 5)
+    assert found.index.tolist() == [[*items.tolist(), -1]] * 2
+    torch.testing.assert_close(found.cosine[:, :4], cosine)
+    torch.testing.assert_close(encode(found, queries)[:, :4], keys)
 
 
 def test_zero_rows_have_no_neighbours_and_are_nobodys() -> None:
