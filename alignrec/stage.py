@@ -169,6 +169,33 @@ class GoesOn(Protocol):
         ...
 
 
+def earlier_manifest(
+    folder: Path | None, kind: str, *, optional: bool, setting: str
+) -> Manifest | None:
+    """Return the manifest of an artifact to go on from; None where there is none yet.
+
+    Args:
+        folder: as it is named in the configuration.
+        kind: of artifact.
+        optional: whether it may be absent, as before the first run.
+        setting: that names the folder, for the message.
+
+    Raises:
+        UserError: it is not optional and not there, or of another kind.
+        StageFailure: it is being replaced by another run.
+    """
+    if folder is None:
+        return None
+    if artifacts.is_being_placed(folder):
+        raise StageFailure(
+            f"{setting}={folder} is being replaced, so it cannot be read now. Run again when the "
+            f"run that writes it has ended; if that was killed, repeat it first."
+        )
+    if optional and not (folder / artifacts.MANIFEST).exists():
+        return None
+    return artifacts.read(folder, kind)
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """Where one rank of a stage reads and writes.

@@ -7,7 +7,8 @@ from typing import Literal
 
 from alignrec import artifacts
 from alignrec.configuration import option
-from alignrec.errors import StageFailure, UserError
+from alignrec.errors import UserError
+from alignrec.stage import earlier_manifest
 
 _NUM_NEIGHBORS = 10
 _CACHE_BYTES = 1 << 27
@@ -188,17 +189,12 @@ class AlignConfig:
             UserError: they are named, not optional, and not there, or of another kind.
             StageFailure: they are being replaced by another run.
         """
-        folder = self.initial.embeddings
-        if folder is None:
-            return None
-        if artifacts.is_being_placed(folder):
-            raise StageFailure(
-                f"initial.embeddings={folder} is being replaced, so it cannot be read now. Run "
-                f"again when the run that writes it has ended; if that was killed, repeat it first."
-            )
-        if self.initial.optional and not (folder / artifacts.MANIFEST).exists():
-            return None
-        return artifacts.read(folder, "embeddings")
+        return earlier_manifest(
+            self.initial.embeddings,
+            "embeddings",
+            optional=self.initial.optional,
+            setting="initial.embeddings",
+        )
 
     def going_on(self) -> "AlignConfig":
         """Return the settings of a run that goes on from earlier embeddings."""

@@ -6,6 +6,7 @@ but for METIS, which is for graphs that one process can hold.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from alignrec.artifacts import Draft, partial_path
 from alignrec.data import schema as dataset_schema
 from alignrec.data.embeddings import check_same_dataset
 from alignrec.distributed.process_group import Rank, barrier, process_group
-from alignrec.errors import UserError
+from alignrec.errors import StageFailure, UserError
 from alignrec.graph import STAGE, layout, schema
 from alignrec.graph.config import GraphConfig
 from alignrec.graph.edges import GraphStreams, count_degrees
@@ -24,7 +25,7 @@ from alignrec.graph.scattering import ScatteredEdges, scatter_edges
 from alignrec.graph.schema import ITEM, NODE_TYPES, USER
 from alignrec.graph.searching import Search
 from alignrec.graph.similarity import open_similarity, pack_similarity, write_similarity
-from alignrec.stage import Context
+from alignrec.stage import EARLIER, Context
 from alignrec.telemetry import Telemetry
 
 # Largest partition over the average, in edges, from which on the log says so.
@@ -56,16 +57,17 @@ def run(config: GraphConfig, context: Context) -> None:
     ):
         inputs = read_inputs(context.inputs["dataset"], context.inputs["features"])
         check_partitions(config, inputs)
+        previous, lineage = earlier_graph(config, context)
         draft = Draft(partial_path(context.output))
         if rank.is_first:
             artifacts.open_draft(context.output, fingerprint=context.fingerprint)
             write_degrees(inputs, draft.work)
         barrier(rank)
-        search = Search(config, inputs.features, draft.work, rank, telemetry)
+        search = Search(config, inputs.features, draft.work, rank, telemetry, previous)
         facts = search.run()
         if rank.is_first:
             search.write(draft.path, facts)
-            draft.facts.update(facts)
+            draft.facts.update(facts | lineage)
             write_item_graph(config, draft)
         barrier(rank)
         write_graph(config, inputs, draft, rank, telemetry)
@@ -125,6 +127,31 @@ def check_partitions(config: GraphConfig, inputs: Inputs) -> None:
             f"items: most partitions would be empty, and METIS may put everything into one. Lower "
             f"it, to 2 to 4 times the ranks of align."
         )
+
+
+def earlier_graph(config: GraphConfig, context: Context) -> tuple[Path | None, dict[str, Any]]:
+    """Return the graph that the search goes on from, and what the result tells of it.
+
+    What is made again, as asked, does not go on from itself, but tells what it once went on from.
+
+    Raises:
+        UserError: what is named is no graph.
+        StageFailure: it was replaced since the run was started.
+    """
+    if config.goes_on_from is None:
+        return None, {}
+    if STAGE.fingerprint(config, context.inputs, context.output) != context.fingerprint:
+        raise StageFailure(
+            f"knn.previous={config.goes_on_from} or an input was replaced since this run was "
+            f"started, so it would go on from something else. Run the same command again."
+        )
+    manifest = config.earlier()
+    if manifest is None:
+        return None, {}
+    if manifest.fingerprint == context.fingerprint:
+        return None, {name: fact for name, fact in manifest.facts.items() if name == EARLIER}
+    told = {"graph": str(config.goes_on_from), "identity": manifest.identity}
+    return config.goes_on_from, {EARLIER: told}
 
 
 def write_degrees(inputs: Inputs, work: Path) -> None:

@@ -10,6 +10,7 @@ exact neighbours are found, and where these lie says what any number of probes w
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ _COLUMNS = 4096
 _CANDIDATES = 1 << 22
 
 
+Places = slice | npt.NDArray[np.int64]
+
+
 @dataclasses.dataclass(frozen=True)
 class CellIndex:
     """The items in the order of their cells; items without features are in none.
@@ -37,13 +41,13 @@ class CellIndex:
         centroids: unit rows, (num_cells, dim).
         starts: the items of cell c lie at ``starts[c]`` .. ``starts[c + 1]``.
         items: item_index by position, ascending in a cell.
-        rows: unit features by position, (positions, dim) float32; may be memory-mapped.
+        vectors: reads the unit features at some positions, on the device of the centroids.
     """
 
     centroids: Float32[Tensor, "num_cells dim"]
     starts: npt.NDArray[np.int64]
     items: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.float32]
+    vectors: Callable[[Places], Float32[Tensor, "places dim"]]
 
 
 def num_cells(num_items: int) -> int:
@@ -96,10 +100,10 @@ def nearest_cells(
 
 
 def assign_cells(
-    rows: FeatureRows, centroids: Float32[Tensor, "num_cells dim"], start: int, stop: int
+    rows: FeatureRows, centroids: Float32[Tensor, "num_cells dim"], items: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int32]:
-    """Return the cell of the items ``start`` .. ``stop - 1``; -1 for items without features."""
-    vectors, empty = rows.read(start, stop)
+    """Return the cell of each item; -1 for items without features."""
+    vectors, empty = rows.take(torch.from_numpy(items))
     cell = nearest_cells(vectors, centroids, 1)[:, 0].masked_fill(empty, -1)
     return cell.cpu().numpy().astype(np.int32)
 
@@ -179,15 +183,20 @@ def fewest_probes(curves: Float32[Tensor, "sample num_cells"], recall: float) ->
     return probes, float(mean[probes - 1])
 
 
-def measured_recall(found: Neighbors, exact: Neighbors) -> float:
-    """Return the share of exact neighbours that were found; an equally near item counts as well."""
+def measured_recall(found: Neighbors, exact: Neighbors) -> tuple[float, float]:
+    """Return the share of exact neighbours that were found, and its standard error.
+
+    An equally near item counts as well.
+    """
     valid = exact.index >= 0
     worst = torch.where(valid, exact.cosine, torch.inf).amin(dim=1, keepdim=True)
     # Another matrix product may round a cosine to the next step.
     hits = ((found.index >= 0) & (found.cosine >= worst - 1.5 * RESOLUTION)).sum(dim=1)
     wanted = valid.sum(dim=1)
-    shares = torch.minimum(hits, wanted) / wanted
-    return float(shares[wanted > 0].mean()) if bool((wanted > 0).any()) else 1.0
+    shares = (torch.minimum(hits, wanted) / wanted)[wanted > 0]
+    if len(shares) == 0:
+        return 1.0, 0.0
+    return float(shares.mean()), float(shares.std(correction=0) / len(shares) ** 0.5)
 
 
 def _search_block(
@@ -195,7 +204,7 @@ def _search_block(
 ) -> Int64[Tensor, "rows k"]:
     """Return order keys of the best k: each cell is compared with all queries that look into it."""
     device = index.centroids.device
-    vectors = torch.from_numpy(np.array(index.rows[queries])).to(device)
+    vectors = index.vectors(queries)
     cells = nearest_cells(vectors, index.centroids, probes).ravel()
     slots = cells.argsort(stable=True)  # slot = query * probes + place of the cell
     counts = torch.bincount(cells, minlength=len(index.centroids)).tolist()
@@ -228,7 +237,7 @@ def _search_cell(
     best = torch.empty((len(vectors), 0), dtype=torch.int64, device=vectors.device)
     for first in range(start, stop, _COLUMNS):
         last = min(first + _COLUMNS, stop)
-        columns = torch.from_numpy(np.array(index.rows[first:last])).to(vectors.device)
+        columns = index.vectors(slice(first, last))
         items = torch.from_numpy(index.items[first:last]).to(vectors.device)
         keys = order_keys(vectors @ columns.T, asking, items)
         if own is not None:

@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from alignrec import artifacts
+from alignrec.artifacts import Manifest
 from alignrec.configuration import option
+from alignrec.errors import UserError
+from alignrec.stage import earlier_manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +26,35 @@ class KnnConfig:
         minimum=0.01,
         maximum=1.0,
     )
-    sample: int = option(1000, "items on which the recall of method ann is measured", minimum=50)
-    previous: Path | None = option(
-        None, "earlier graph artifact: only new or changed items are searched; default: none"
+    sample: int = option(
+        1000,
+        "items whose exact neighbours are found for method ann: half of them choose how far it "
+        "looks, its recall is measured on the others",
+        minimum=50,
     )
+    previous: Path | None = option(
+        None,
+        "folder of an earlier graph artifact: only new or changed items are searched; may be the "
+        "one that this stage writes",
+        affects_result=False,  # what lies there counts: GraphConfig.earlier
+    )
+    optional: bool = option(
+        False,
+        "search all items where nothing is at knn.previous yet, as on the first night",
+        affects_result=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a setting that another one makes idle.
+
+        Raises:
+            UserError: a setting for an earlier graph that is not named.
+        """
+        if self.optional and self.previous is None:
+            raise UserError(
+                "knn.optional=True has no effect without knn.previous. Leave it out or name a "
+                "folder."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +107,18 @@ class GraphConfig:
         affects_result=False,
     )
 
-    def source_identity(self) -> str:
-        """Return the identity of the earlier graph that the search starts from.
+    @property
+    def goes_on_from(self) -> Path | None:
+        """Folder of the earlier graph that is named."""
+        return self.knn.previous
+
+    def earlier(self) -> Manifest | None:
+        """Return the manifest of the graph that the search goes on from, if there is any.
 
         Raises:
-            UserError: it is not a finished graph artifact.
+            UserError: it is named, not optional, and no finished graph.
+            StageFailure: it is being replaced by another run.
         """
-        previous = self.knn.previous
-        return "" if previous is None else artifacts.read(previous, "graph").identity
+        return earlier_manifest(
+            self.knn.previous, "graph", optional=self.knn.optional, setting="knn.previous"
+        )

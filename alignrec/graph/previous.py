@@ -6,6 +6,7 @@ ones, and searched in full only where a neighbour was lost that nothing as near 
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,21 @@ Digests = npt.NDArray[np.uint64]
 
 
 @dataclasses.dataclass(frozen=True)
+class PreviousCells:
+    """The cells of an earlier approximate search.
+
+    Attributes:
+        centroids: unit rows, (num_cells, dim) float32.
+        cell: cell of each item, int32, -1 for those without features; memory-mapped.
+        num_added: items that came into the cells, or changed there, since these were cut.
+    """
+
+    centroids: npt.NDArray[np.float32]
+    cell: npt.NDArray[np.int32]
+    num_added: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Previous:
     """Neighbour lists of an earlier graph and the features that they were found with.
 
@@ -35,11 +51,13 @@ class Previous:
         index: (rows, k) int32 item_index, -1 where there is none; memory-mapped.
         cosine: (rows, k) float32; memory-mapped.
         changed: item_index, ascending, of new items and those whose features differ.
+        cells: None after an exact search.
     """
 
     index: npt.NDArray[np.int32]
     cosine: npt.NDArray[np.float32]
     changed: npt.NDArray[np.int64]
+    cells: PreviousCells | None
 
     def keys(self, items: Int64[Tensor, " rows"]) -> Int64[Tensor, "rows k"]:
         """Return the order keys of the lists of unchanged items."""
@@ -76,12 +94,18 @@ def open_previous(folder: Path, digests: Digests, settings: dict[str, object]) -
     Raises:
         UserError: the folder is no finished graph, or it is damaged.
     """
-    if artifacts.read(folder, "graph").facts.get("search") != settings:
+    facts = artifacts.read(folder, "graph").facts
+    if facts.get("search") != settings:
         return "was searched with other settings"
+    path = functools.partial(schema.neighbors_path, folder)
+    cells = None
     try:
-        index = np.load(schema.neighbors_path(folder, "index"), mmap_mode="r")
-        cosine = np.load(schema.neighbors_path(folder, "cosine"), mmap_mode="r")
-        before = np.load(schema.neighbors_path(folder, "digest"))
+        index = np.load(path("index"), mmap_mode="r")
+        cosine = np.load(path("cosine"), mmap_mode="r")
+        before = np.load(path("digest"))
+        if settings["method"] == "ann":
+            centroids, cell = np.load(path("centroids")), np.load(path("cell"), mmap_mode="r")
+            cells = PreviousCells(centroids, cell, facts["num_added"])
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{folder} has no readable neighbour lists ({error}), so nothing can be kept from it. "
@@ -92,7 +116,7 @@ def open_previous(folder: Path, digests: Digests, settings: dict[str, object]) -
         return f"was made of another catalogue, of {len(before):,} items"
     same = (before == digests[: len(before)]).all(axis=1)
     fresh = np.arange(len(before), len(digests))
-    return Previous(index, cosine, np.concatenate([np.flatnonzero(~same), fresh]))
+    return Previous(index, cosine, np.concatenate([np.flatnonzero(~same), fresh]), cells)
 
 
 def updated_keys(

@@ -49,5 +49,8 @@ def train_items_path(graph: Path) -> Path:
 
 
 def neighbors_path(graph: Path, name: str) -> Path:
-    """Return a file of the items' neighbour lists: index, cosine or digest."""
+    """Return a file of the items' neighbour lists: index, cosine or digest.
+
+    After an approximate search also cell and centroids.
+    """
     return graph / "neighbors" / f"{name}.npy"

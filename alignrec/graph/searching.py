@@ -6,8 +6,10 @@ there, so a killed search goes on where it was, and ranks need nothing but barri
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,23 @@ from alignrec.data.shared_array import SharedArray, create_array
 from alignrec.distributed.process_group import Rank, barrier
 from alignrec.errors import StageFailure
 from alignrec.graph import cells, knn, schema
-from alignrec.graph.cells import CellIndex
+from alignrec.graph.cells import CellIndex, Places
 from alignrec.graph.config import GraphConfig
 from alignrec.graph.knn import FeatureRows, Neighbors
-from alignrec.graph.previous import Previous, open_previous, row_digests, updated_keys
+from alignrec.graph.previous import (
+    Previous,
+    PreviousCells,
+    open_previous,
+    row_digests,
+    updated_keys,
+)
 from alignrec.telemetry import Progress, Telemetry
 
 # Rows that are searched, saved and counted as progress together.
 _CHUNK_ROWS = 8192
+# Share of the items that may come into kept cells before these are cut anew: the farther the cells
+# are from the catalogue, the more of them must be looked into.
+_MOST_ADDED = 0.2
 
 Find = Callable[[Tensor], Neighbors]
 
@@ -44,6 +55,7 @@ class Search:
         work: folder of what is done.
         rank: this rank.
         telemetry: for progress.
+        earlier: folder of a graph to go on from.
     """
 
     config: GraphConfig
@@ -51,6 +63,7 @@ class Search:
     work: Path
     rank: Rank
     telemetry: Telemetry
+    earlier: Path | None = None
 
     @property
     def num_items(self) -> int:
@@ -87,14 +100,16 @@ class Search:
         rows = FeatureRows(self.features, self.rank.device)
         self._make_chunks("digest", lambda start, stop: row_digests(self.features[start:stop]))
         previous = self._previous()
-        lists = self._update(rows, previous) if previous else np.arange(self.num_items)
+        lists = np.arange(self.num_items)
+        if previous is not None and self._is_worth_updating(previous):
+            lists = self._update(rows, previous)
         facts: dict[str, Any] = {
             "search": self.settings,
             "num_searched": len(lists),
             "num_updated": self.num_items - len(lists),
         }
         if self.approximate:
-            index, found = self._build_index(rows)
+            index, found = self._build_index(rows, previous, num_searched=len(lists))
             places = np.flatnonzero(np.isin(index.items, lists))
             # A cell is read once for all queries that come together.
             self._find(
@@ -121,16 +136,18 @@ class Search:
             StageFailure: the approximate search found less than it must.
         """
         shape = (self.num_items, self.config.k)
-        path = {name: schema.neighbors_path(folder, name) for name in ("index", "cosine", "digest")}
-        path["index"].parent.mkdir(exist_ok=True)
-        index = np.lib.format.open_memmap(path["index"], "w+", np.dtype(np.int32), shape)
-        cosine = np.lib.format.open_memmap(path["cosine"], "w+", np.dtype(np.float32), shape)
+        path = functools.partial(schema.neighbors_path, folder)
+        path("index").parent.mkdir(exist_ok=True)
+        index = np.lib.format.open_memmap(path("index"), "w+", np.dtype(np.int32), shape)
+        cosine = np.lib.format.open_memmap(path("cosine"), "w+", np.dtype(np.float32), shape)
         index[:] = -1
         for chunk in self._chunks_written():
             items = chunk["item"]
             index[items], cosine[items] = chunk["index"], chunk["cosine"]
-        np.save(path["digest"], self._joined("digest"))
+        np.save(path("digest"), self._joined("digest"))
         if self.approximate:
+            np.save(path("cell"), self._joined("cell"))
+            shutil.copyfile(self.work / "centroids.npy", path("centroids"))
             facts["recall"] = self._recall(index, cosine)
         index.flush()
         cosine.flush()
@@ -149,23 +166,25 @@ class Search:
     # From an earlier graph ------------------------------------------------------------------------
 
     def _previous(self) -> Previous | None:
-        """Return the earlier lists, if these fit and few enough items have changed."""
-        folder = self.config.knn.previous
-        if folder is None:
+        """Return what an earlier search has found, if it fits this one."""
+        if self.earlier is None:
             return None
-        previous = open_previous(folder, self._joined("digest"), self.settings)
+        previous = open_previous(self.earlier, self._joined("digest"), self.settings)
         if isinstance(previous, str):
-            self.telemetry.say(f"{folder} {previous}: all items are searched")
+            self.telemetry.say(f"{self.earlier} {previous}: all items are searched")
             return None
+        return previous
+
+    def _is_worth_updating(self, previous: Previous) -> bool:
         changed = f"{len(previous.changed):,} of {self.num_items:,} items are new or changed"
         if len(previous.changed) > self._most_changed:
             self.telemetry.say(
-                f"{changed} since {folder}, more than {self._most_changed:,}: to search all items "
-                f"is faster than to update lists"
+                f"{changed} since {self.earlier}, more than {self._most_changed:,}: to search all "
+                f"items is faster than to update lists"
             )
-            return None
-        self.telemetry.say(f"{changed} since {folder}")
-        return previous
+            return False
+        self.telemetry.say(f"{changed} since {self.earlier}")
+        return True
 
     @property
     def _most_changed(self) -> int:
@@ -203,38 +222,55 @@ class Search:
 
     # By cells -------------------------------------------------------------------------------------
 
-    def _build_index(self, rows: FeatureRows) -> tuple[CellIndex, dict[str, Any]]:
+    def _build_index(
+        self, rows: FeatureRows, previous: Previous | None, *, num_searched: int
+    ) -> tuple[CellIndex, dict[str, Any]]:
         """Sort the items into cells, all ranks together, and find how many cells to look into."""
-        centroids = self._centroids(rows)
-        self._make_chunks(
-            "cell", lambda start, stop: cells.assign_cells(rows, centroids, start, stop)
-        )
+        kept = self._kept_cells(previous)
+        added = previous.changed if kept and previous else np.arange(self.num_items)
+        centroids = self._centroids(rows, kept)
+        self._make_chunks("cell", _cell_maker(rows, centroids, kept, added))
         cell = self._joined("cell")
         items, first = cells.cell_order(cell, len(centroids))
-        index = CellIndex(centroids, first, items, self._sorted_rows(rows, items))
+        # Where few items are searched, to sort all rows would cost more than to gather some.
+        sort = num_searched == self.num_items
+        vectors = self._sorted_rows(rows, items) if sort else _gathered_rows(rows, items)
+        index = CellIndex(centroids, first, items, vectors)
         if self.rank.is_first and not (self.work / "probes.json").exists():
             self._choose_probes(rows, index, cell)
         barrier(self.rank)
         found = json.loads((self.work / "probes.json").read_text())
         self.telemetry.say(
-            f"{found['cells']:,} cells of items, {found['probes']:,} looked into for each item: "
-            f"recall {found['expected_recall']:.3f} of the {self.config.k} nearest expected on "
-            f"{found['recall_sample']:,} items"
+            f"{found['cells']:,} cells of items{', kept' if kept else ''}, {found['probes']:,} "
+            f"looked into for each item: recall {found['expected_recall']:.3f} of the "
+            f"{self.config.k} nearest expected"
         )
+        found["num_added"] = kept.num_added + len(added) if kept else 0
         return index, found
 
-    def _centroids(self, rows: FeatureRows) -> Tensor:
+    def _kept_cells(self, previous: Previous | None) -> PreviousCells | None:
+        """Return the earlier cells, unless too many items have come since they were cut."""
+        if previous is None or previous.cells is None:
+            return None
+        added = previous.cells.num_added + len(previous.changed)
+        return previous.cells if added <= _MOST_ADDED * self.num_items else None
+
+    def _centroids(self, rows: FeatureRows, kept: PreviousCells | None) -> Tensor:
         path = self.work / "centroids.npy"
         if self.rank.is_first and not path.exists():
             count = cells.num_cells(self.num_items)
-            trained = cells.train_centroids(rows, cells=count, seed=self.config.seed)
-            _save(path, trained.cpu().numpy())
+            _save(
+                path,
+                kept.centroids
+                if kept
+                else cells.train_centroids(rows, cells=count, seed=self.config.seed).cpu().numpy(),
+            )
         barrier(self.rank)
         return torch.from_numpy(np.load(path)).to(self.rank.device)
 
     def _sorted_rows(
         self, rows: FeatureRows, items: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
+    ) -> Callable[[Places], Tensor]:
         """Write the unit features in the order of cells, so that a cell is read in one piece."""
         path, spare = self.work / "sorted_rows.npy", self.work / "sorted_rows.writing.npy"
         # The first barrier of two, lest a slow rank look when a fast one has finished the file.
@@ -252,26 +288,39 @@ class Search:
             spare.replace(path)
         barrier(self.rank)
         result: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
-        return result
+        return lambda places: torch.from_numpy(np.array(result[places])).to(rows.device)
 
     def _choose_probes(
         self, rows: FeatureRows, index: CellIndex, cell: npt.NDArray[np.int32]
     ) -> None:
-        """Find the fewest cells whose recall on a sample is surely enough, and keep the sample."""
-        chosen = cells.sample_items(len(index.items), self.config.knn.sample, (self.config.seed, 2))
-        sample = torch.from_numpy(index.items[chosen.numpy()])
+        """Find the fewest cells whose recall on half of a sample is surely enough.
+
+        The exact neighbours of the other half are kept: what was chosen to do well on some items
+        says too much of itself there. A sample of all items is itself what it stands for.
+        """
+        count = self.config.knn.sample
+        sample = cells.sample_items(len(index.items), count, (self.config.seed, 2))
+        sample = torch.from_numpy(index.items[sample.numpy()])
         exact = self._find_exactly(rows, sample)
         some = (exact.index[:, 0] >= 0).cpu()
         exact = Neighbors(exact.index.cpu()[some], exact.cosine.cpu()[some])
         sample = sample[some]
-        curves = cells.recall_by_probes(index, cell, rows.take(sample)[0], exact)
+        step = 1 if count >= len(index.items) else 2
+        choosing, measuring = slice(0, None, step), slice(step - 1, None, step)
+        curves = cells.recall_by_probes(
+            index,
+            cell,
+            rows.take(sample[choosing])[0],
+            Neighbors(exact.index[choosing], exact.cosine[choosing]),
+        )
         probes, expected = cells.fewest_probes(curves, self.config.knn.recall)
-        _save_chunk(self.work / "sample.npz", sample, [exact])
+        others = Neighbors(exact.index[measuring], exact.cosine[measuring])
+        _save_chunk(self.work / "sample.npz", sample[measuring], [others])
         facts = {
             "cells": len(index.centroids),
             "probes": probes,
             "expected_recall": round(expected, 4),
-            "recall_sample": len(sample),
+            "recall_sample": len(sample[measuring]),
             # Float sums of another number of threads or another CPU may make other cells.
             "cells_digest": hashlib.sha256(cell.tobytes()).hexdigest()[:16],
         }
@@ -293,15 +342,17 @@ class Search:
         found = Neighbors(
             torch.from_numpy(index[items].astype(np.int64)), torch.from_numpy(cosine[items])
         )
-        recall = cells.measured_recall(found, exact)
+        recall, error = cells.measured_recall(found, exact)
         self.telemetry.say(
-            f"recall {recall:.4f} of the {self.config.k} nearest, measured on {len(items):,} items"
+            f"recall {recall:.4f} of the {self.config.k} nearest (standard error {error:.4f}), "
+            f"measured on {len(items):,} items"
         )
-        if recall < self.config.knn.recall:
+        # Two errors, as in the choice: by one sample or the other, enough may seem too little.
+        if recall + 2 * error < self.config.knn.recall:
             raise StageFailure(
                 f"the approximate neighbours have recall {recall:.4f}, below graph.knn.recall="
-                f"{self.config.knn.recall}: the item graph would miss near items. Raise "
-                f"graph.knn.sample or set graph.knn.method=exact."
+                f"{self.config.knn.recall} by more than two standard errors: the item graph would "
+                f"miss near items. Raise graph.knn.sample or set graph.knn.method=exact."
             )
         return round(recall, 4)
 
@@ -370,6 +421,30 @@ class Search:
         for name in ("updated", "neighbours"):
             for path in sorted(self.work.glob(f"{name}_*[0-9].npz")):
                 yield _load_chunk(path)
+
+
+def _cell_maker(
+    rows: FeatureRows,
+    centroids: Tensor,
+    kept: PreviousCells | None,
+    added: npt.NDArray[np.int64],
+) -> Callable[[int, int], npt.NDArray[np.int32]]:
+    """Return what finds the cells of consecutive items: only of added ones where cells are kept."""
+
+    def make(start: int, stop: int) -> npt.NDArray[np.int32]:
+        cell = np.full(stop - start, -1, dtype=np.int32)
+        if kept is not None:
+            known = kept.cell[start:stop]
+            cell[: len(known)] = known
+        mine = added[np.searchsorted(added, start) : np.searchsorted(added, stop)]
+        cell[mine - start] = cells.assign_cells(rows, centroids, mine)
+        return cell
+
+    return make
+
+
+def _gathered_rows(rows: FeatureRows, items: npt.NDArray[np.int64]) -> Callable[[Places], Tensor]:
+    return lambda places: rows.take(torch.from_numpy(items[places]))[0]
 
 
 def _save_chunk(

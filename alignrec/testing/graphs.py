@@ -53,7 +53,7 @@ def write_graph(folder: Path, *, dataset: Path, features: Path, **settings: Any)
     context = Context(
         inputs=inputs,
         output=folder,
-        fingerprint=STAGE.fingerprint(config, inputs),
+        fingerprint=STAGE.fingerprint(config, inputs, folder),
         log_dir=folder.with_name(folder.name + ".logs"),
     )
     STAGE.load_run()(config, context)

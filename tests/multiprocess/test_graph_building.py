@@ -19,18 +19,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"knn": {"method": "exact"}},
     "ann": {"knn": {"method": "ann", "sample": 50}},
     "update": {"knn": {"method": "exact"}},
+    "ann-update": {"knn": {"method": "ann", "sample": 50}},
     "streaming": {"partition_method": "streaming", "num_partitions": 5},
 }
 
 
-def build(folder: Path, dataset: Path, features: Path, before: Path) -> None:
+def build(folder: Path, dataset: Path, features: Path, before: dict[str, Path]) -> None:
     """Build a graph by each of the settings."""
     searching._CHUNK_ROWS = 8  # several chunks for each rank
     with process_group():  # once for all: ranks that join again at once could miss each other
         for name, settings in SETTINGS.items():
             knn = dict(settings.get("knn", {}))
-            if name == "update":
-                knn["previous"] = str(before)
+            if name in before:
+                knn["previous"] = str(before[name])
             write_graph(
                 folder / name,
                 dataset=dataset,
@@ -48,12 +49,17 @@ def test_two_ranks_write_the_same_bytes_as_one(
     log = interactions_path(dataset, "train")
     pq.write_table(pq.read_table(log), log, row_group_size=20)  # some for each rank
     features = write_features(tmp_path / "features", num_items=90)
-    rows = np.load(features / "features.npy")[:70]
+    rows = np.load(features / "features.npy")[:75]
     rows[4] = 0
-    fewer = write_features(tmp_path / "fewer", num_items=70)
+    fewer = write_features(tmp_path / "fewer", num_items=75)
     np.save(fewer / "features.npy", rows)
-    earlier = write_dataset(tmp_path / "earlier", num_items=70, num_users=30)
-    before = write_graph(tmp_path / "before", dataset=earlier, features=fewer, k=3)
+    earlier = write_dataset(tmp_path / "earlier", num_items=75, num_users=30)
+    before = {
+        name: write_graph(
+            tmp_path / f"before-{name}", dataset=earlier, features=fewer, k=3, **SETTINGS[name]
+        )
+        for name in ("update", "ann-update")
+    }
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
     build(tmp_path / "one", dataset, features, before)
@@ -63,4 +69,6 @@ def test_two_ranks_write_the_same_bytes_as_one(
         together = artifacts.verify(tmp_path / "two" / name)
         assert together.identity == alone.identity, name
         assert together.facts == alone.facts
-    assert artifacts.read(tmp_path / "two" / "update").facts["num_updated"] > 20
+    for name in before:
+        assert artifacts.read(tmp_path / "two" / name).facts["num_updated"] > 20
+    assert artifacts.read(tmp_path / "two" / "ann-update").facts["num_added"] == 16

@@ -1,5 +1,6 @@
 """Approximate search: the laws of the exact one, and the recall that it says it has."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,39 @@ def test_too_low_a_recall_fails_the_stage(tmp_path: Path, monkeypatch: pytest.Mo
     features = np.random.default_rng(5).normal(size=(400, 8)).astype(np.float32)
     with pytest.raises(StageFailure, match=r"below graph.knn.recall=0\.95.*method=exact"):
         find(features, tmp_path / "ann", **ANN)
+
+
+def test_recall_is_measured_on_other_items_than_chose_the_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choosing: list[torch.Tensor] = []
+    original = cells.recall_by_probes
+
+    def spy(index: Any, cell: Any, vectors: torch.Tensor, exact: Neighbors) -> torch.Tensor:
+        choosing.append(vectors)
+        return original(index, cell, vectors, exact)
+
+    monkeypatch.setattr(cells, "recall_by_probes", spy)
+    features = np.random.default_rng(5).normal(size=(400, 8)).astype(np.float32)
+    index, _, facts = find(features, tmp_path / "ann", method="ann", recall=0.6, sample=200)
+    measured = np.load(tmp_path / "ann" / "sample.npz")
+    rows = FeatureRows(features, torch.device("cpu"))
+    others = rows.take(torch.from_numpy(measured["item"]))[0]
+    assert len(others) == len(choosing[0]) == facts["recall_sample"] == 100
+    assert (torch.cdist(others, choosing[0]) > 1e-3).all()
+    found = index[measured["item"]]
+    shared = [np.isin(a, b).mean() for a, b in zip(measured["index"], found, strict=True)]
+    assert facts["recall"] == pytest.approx(np.mean(shared), abs=1e-4)
+
+
+@pytest.mark.parametrize(("recall", "fails"), [(0.94, False), (0.92, True)])
+def test_chance_alone_fails_no_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recall: float, fails: bool
+) -> None:
+    monkeypatch.setattr(cells, "measured_recall", lambda *_: (recall, 0.01))
+    outcome = pytest.raises(StageFailure) if fails else contextlib.nullcontext()
+    with outcome:
+        find(clustered(300), tmp_path / "ann", **ANN)
 
 
 def test_auto_goes_by_the_number_of_items(tmp_path: Path) -> None:

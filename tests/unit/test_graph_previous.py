@@ -8,9 +8,10 @@ import pytest
 
 from alignrec import artifacts, configuration
 from alignrec.data.schema import read_interactions
-from alignrec.errors import UserError
-from alignrec.graph import STAGE, schema, searching
+from alignrec.errors import StageFailure, UserError
+from alignrec.graph import STAGE, cells, schema, searching
 from alignrec.graph.previous import row_digests
+from alignrec.stage import Context
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.graphs import write_graph
 
@@ -96,6 +97,94 @@ def test_approximate_update_keeps_its_recall(days: Days) -> None:
     facts = artifacts.read(updated).facts
     assert facts["recall"] >= 0.95
     assert 13 <= facts["num_searched"] < 70
+
+
+def test_cells_are_kept_until_too_many_items_have_come(
+    days: Days, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knn = {"method": "ann", "sample": 70}
+    rows, before = days.yesterday(knn=knn)
+    assigned, cut, sorted_copies = list[list[int]](), list[int](), list[int]()
+    assign, train, sort = cells.assign_cells, cells.train_centroids, searching.Search._sorted_rows
+
+    def assigning(features: Any, centroids: Any, items: np.ndarray) -> np.ndarray:
+        assigned.append(items.tolist())
+        return assign(features, centroids, items)
+
+    def training(features: Any, **others: Any) -> Any:
+        cut.append(features.num_items)
+        return train(features, **others)
+
+    def sorting(self: searching.Search, *others: Any) -> Any:
+        sorted_copies.append(self.num_items)
+        return sort(self, *others)
+
+    monkeypatch.setattr(cells, "assign_cells", assigning)
+    monkeypatch.setattr(cells, "train_centroids", training)
+    monkeypatch.setattr(searching.Search, "_sorted_rows", sorting)
+    added, changed = [], [range(60, 66), range(66, 70), range(30, 34)]
+    for night, items in enumerate(changed):
+        rows = np.concatenate([rows, days.rows[len(rows) : max(items) + 1]])
+        rows[list(items)] += 0.5
+        after = days.graph(f"night-{night}", rows, knn={**knn, "previous": str(before)})
+        facts = artifacts.read(after).facts
+        assert facts["recall"] >= 0.95
+        assert facts["num_searched"] < len(rows)
+        added.append(facts["num_added"])
+        before = after
+    # A fifth of 70 items is 14: with one more they are cut anew, below.
+    assert added == [6, 10, 14]
+    assert assigned == [list(items) for items in changed]
+    assert not cut
+    assert not sorted_copies
+    assert "cells of items, kept" in capsys.readouterr().out
+    rows[50] += 0.5
+    after = days.graph("last", rows, knn={**knn, "previous": str(before)})
+    assert cut == [70]
+    assert assigned[-1] == list(range(70))
+    assert artifacts.read(after).facts["num_added"] == 0
+    assert artifacts.read(after).facts["num_searched"] < 70
+
+
+def test_a_chain_in_one_folder(days: Days) -> None:
+    """What the stage writes is what it goes on from: reused, resumed and made again as asked."""
+    output = days.root / "graph"
+    knn = {"previous": str(output), "optional": True}
+    config = STAGE.load_config({"k": 4, "knn": knn})
+    identities, inputs = list[str](), dict[str, Path]()
+    for night, count in enumerate((60, 64, 70)):
+        rows = days.rows[:count]
+        inputs = {
+            "dataset": write_dataset(days.root / f"d-{night}", num_items=count, num_users=10),
+            "features": features_artifact(days.root / f"f-{night}", rows),
+        }
+        manifest = artifacts.read(write_graph(output, **inputs, k=4, knn=knn))
+        earlier = manifest.facts.get("earlier", {}).get("identity")
+        assert earlier == (identities[-1] if identities else None)
+        assert (manifest.facts["num_searched"] < count) == bool(identities)
+        assert STAGE.fingerprint(config, inputs, output) == manifest.fingerprint  # reused
+        identities.append(manifest.identity)
+    again = artifacts.read(write_graph(output, **inputs, k=4, knn=knn))
+    assert again.fingerprint == manifest.fingerprint
+    assert again.facts["num_searched"] == 70  # not from itself
+    assert again.facts["earlier"] == manifest.facts["earlier"]
+
+
+def test_a_previous_graph_that_was_replaced_meanwhile(days: Days) -> None:
+    rows, before = days.yesterday()
+    dataset = write_dataset(days.root / "d", num_items=60, num_users=10)
+    inputs = {"dataset": dataset, "features": features_artifact(days.root / "f", rows)}
+    config = STAGE.load_config({"k": 4, "knn": {"previous": str(before)}})
+    output = days.root / "graph"
+    context = Context(inputs, output, STAGE.fingerprint(config, inputs, output), days.root / "logs")
+    days.graph("yesterday", rows, k=5)
+    with pytest.raises(StageFailure, match="was replaced since this run was started"):
+        STAGE.load_run()(config, context)
+
+
+def test_optional_is_about_previous() -> None:
+    with pytest.raises(UserError, match=r"knn\.optional=True has no effect without knn\.previous"):
+        STAGE.load_config({"knn": {"optional": True}})
 
 
 @pytest.mark.parametrize("other", [{"k": 3}, {"knn": {"method": "ann", "sample": 50}}])

@@ -226,5 +226,5 @@ def test_settings_in_the_documentation_are_settings() -> None:
     text = (Path(__file__).parents[2] / "docs" / "graph.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     configs = [STAGE.load_config(yaml.safe_load(block)["graph"]) for block in blocks]
-    assert len(configs) == 4
+    assert len(configs) == 5
     assert configs[0] == GraphConfig()
