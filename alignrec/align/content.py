@@ -27,15 +27,13 @@ class FixedContent(nn.Module):
     """Features that stay as the encoder made them."""
 
     features: Tensor
-    _unit: Tensor
     _squares: Tensor | None
 
     def __init__(self, features: Float[Tensor, "num_items f"]) -> None:
         super().__init__()
         self.register_buffer("features", features, persistent=False)
-        self.register_buffer("_unit", unit_rows(features), persistent=False)
         few = features.shape[0] <= _MAX_TABLE_ITEMS
-        squares = _squared_similarities(self._unit) if few else None
+        squares = _squared_similarities(unit_rows(features)) if few else None
         self.register_buffer("_squares", squares, persistent=False)
 
     def table(self) -> Float[Tensor, "num_items f"]:
@@ -44,7 +42,7 @@ class FixedContent(nn.Module):
 
     def target(self, items: Int64[Tensor, " n"]) -> Float[Tensor, "n f"]:
         """See ``Target``."""
-        return self._unit[items]
+        return unit_rows(self.features[items])
 
     def target_square(
         self, items: Int64[Tensor, " n"], target: Float[Tensor, "n f"], count: Float[Tensor, " n"]

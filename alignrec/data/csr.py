@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 
@@ -16,12 +16,12 @@ class CSR:
 
     Attributes:
         row_offsets: row r lists ``columns[row_offsets[r]:row_offsets[r + 1]]``.
-        columns: ascending within a row.
+        columns: ascending within a row; of a CSR that was read in parts int32.
         num_cols: columns are below this; ``num_rows * num_cols`` must fit in int64.
     """
 
     row_offsets: Int64[Tensor, " num_rows_plus_one"]
-    columns: Int64[Tensor, " num_entries"]
+    columns: Int[Tensor, " num_entries"]
     num_cols: int
 
     @classmethod
@@ -74,7 +74,7 @@ class CSR:
 
     def row(self, index: int) -> Int64[Tensor, " length"]:
         """Return the columns of one row."""
-        return self.columns[int(self.row_offsets[index]) : int(self.row_offsets[index + 1])]
+        return self.columns[int(self.row_offsets[index]) : int(self.row_offsets[index + 1])].long()
 
     def select(self, rows: Int64[Tensor, " num_selected"]) -> "CSR":
         """Return the given rows, in the given order, as rows 0, 1, ... of a new CSR."""
@@ -83,13 +83,13 @@ class CSR:
         # Entry e of the new row r lies e - offsets[r] behind the start of the old row.
         shift = (self.row_offsets[rows] - offsets[:-1]).repeat_interleave(lengths)
         position = torch.arange(int(offsets[-1]), device=self.columns.device) + shift
-        return type(self)(offsets, self.columns[position], self.num_cols)
+        return type(self)(offsets, self.columns[position].long(), self.num_cols)
 
     def keep_columns(self, kept: Bool[Tensor, " num_cols"]) -> "CSR":
         """Return the same rows without the columns that ``kept`` marks False."""
         entries = kept[self.columns]
         lengths = torch.bincount(self.rows[entries], minlength=self.num_rows)
-        return type(self)(_offsets(lengths), self.columns[entries], self.num_cols)
+        return type(self)(_offsets(lengths), self.columns[entries].long(), self.num_cols)
 
     def contains(self, topk: Int64[Tensor, "num_rows k"]) -> Bool[Tensor, "num_rows k"]:
         """Tell for each entry of row r of ``topk`` whether row r lists it; -1 is never listed."""

@@ -14,6 +14,7 @@ from alignrec import artifacts, configuration
 from alignrec.data import schema
 from alignrec.data.csr import CSR
 from alignrec.data.embeddings import check_same_dataset, read_embeddings, read_features
+from alignrec.data.interactions import read_csr
 from alignrec.distributed.process_group import rank_from_environment
 from alignrec.errors import UserError
 from alignrec.evaluation import baselines, comparison, metrics, report, showcase
@@ -106,9 +107,7 @@ def read_task(dataset: Path) -> Task:
     """
     counts = artifacts.read(dataset, "dataset").counts
     train, valid, test = (
-        CSR.from_pairs(
-            *schema.read_interactions(dataset, split), counts["num_users"], counts["num_items"]
-        )
+        read_csr(dataset, split, num_users=counts["num_users"], num_items=counts["num_items"])
         for split in schema.SPLITS
     )
     removed = torch.from_numpy(schema.read_removed_items(dataset))

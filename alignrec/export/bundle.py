@@ -16,6 +16,7 @@ from alignrec import artifacts, configuration
 from alignrec.data import schema
 from alignrec.data.csr import CSR
 from alignrec.data.embeddings import EMBEDDINGS, check_same_dataset, read_embeddings
+from alignrec.data.interactions import read_csr
 from alignrec.data.schema import read_removed_items
 from alignrec.distributed.process_group import rank_from_environment
 from alignrec.evaluation.ranking import (
@@ -78,8 +79,7 @@ def run(config: ExportConfig, context: Context) -> None:
 def read_seen(dataset: Path) -> CSR:
     """Return the training items of each user."""
     counts = artifacts.read(dataset, "dataset").counts
-    users, items = schema.read_interactions(dataset, "train")
-    return CSR.from_pairs(users, items, counts["num_users"], counts["num_items"])
+    return read_csr(dataset, "train", num_users=counts["num_users"], num_items=counts["num_items"])
 
 
 def rank_parts(
