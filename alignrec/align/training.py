@@ -92,7 +92,9 @@ def run(config: AlignConfig, context: Context) -> None:
     Raises:
         UserError: artifacts that do not belong together, or a number of ranks that does not fit.
     """
-    with process_group(timeout_seconds=config.timeout_seconds, backend=STAGE.backend) as rank:
+    with process_group(
+        timeout_seconds=config.timeout_seconds, backend=STAGE.backend, uses_gpu=config.uses_gpu
+    ) as rank:
         _check_ranks(config, rank)
         inputs = Inputs.open(context.inputs)
         _check_graph(config, inputs)

@@ -58,7 +58,10 @@ def rank_from_environment(environment: Mapping[str, str] | None = None) -> Rank:
 
 @contextlib.contextmanager
 def process_group(
-    *, timeout_seconds: float = TIMEOUT_SECONDS, backend: Backend = "nccl"
+    *,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    backend: Backend = "nccl",
+    uses_gpu: bool = True,
 ) -> Iterator[Rank]:
     """Join the peers for the length of the block and yield this rank.
 
@@ -68,11 +71,14 @@ def process_group(
     Args:
         timeout_seconds: how long a rank waits for a silent peer.
         backend: of the stage (``Stage.backend``): how ranks with GPUs talk.
+        uses_gpu: whether the rank computes on a GPU where there is one (``Stage.uses_gpu``).
 
     Raises:
         StageFailure: the peers did not all arrive in ``timeout_seconds``.
     """
     rank = rank_from_environment()
+    if not uses_gpu:
+        rank = dataclasses.replace(rank, device=torch.device("cpu"))
     owner = rank.world_size > 1 and not dist.is_initialized()
     if owner:
         has_gpu = rank.device.type == "cuda"

@@ -11,6 +11,17 @@ from alignrec.distributed.process_group import process_group
 from alignrec.stage import Backend
 
 
+def test_a_rank_that_computes_on_the_cpu_leaves_the_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with process_group(backend="gloo", uses_gpu=False) as rank:
+        assert rank.device == torch.device("cpu")
+    with process_group(backend="gloo") as rank:
+        assert rank.device == torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize(
     ("gpus", "wanted", "expected"),
     [(0, "nccl", "gloo"), (0, "gloo", "gloo"), (8, "nccl", "nccl"), (8, "gloo", "gloo")],
