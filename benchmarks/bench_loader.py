@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import time
 import types
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def write_dataset(folder: Path, options: argparse.Namespace) -> Path:
         "scale": options.scale,
         "shards": num_shards,
     }
-    mark = artifacts.fingerprint("bench_loader", 1, settings, {})
+    mark = artifacts.fingerprint("bench_loader", 2, settings, {})
     with artifacts.writing(
         folder, kind="dataset", fingerprint=mark, config=settings, inputs={}
     ) as draft:
@@ -196,10 +197,9 @@ def write_shard(
         for index, picture in samples:
             text = {"item_key": f"item-{index}", "title": f"Item {index}", "text": f"Item {index}"}
             row: dict[str, str | int] = {"item_index": index, "shard": name}
-            for suffix, what, content in (
-                ("jpg", "image", picture),
-                ("json", "json", json.dumps(text).encode()),
-            ):
+            document = json.dumps(text).encode()
+            row["crc32"] = zlib.crc32(document, zlib.crc32(picture))
+            for suffix, what, content in (("jpg", "image", picture), ("json", "json", document)):
                 member = tarfile.TarInfo(f"{index:012d}.{suffix}")
                 member.size = len(content)
                 row |= {f"{what}_offset": tar.offset + 512, f"{what}_bytes": len(content)}

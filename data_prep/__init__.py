@@ -9,6 +9,6 @@ STAGE = Stage(
     run="data_prep.preparation:run",
     inputs=(),
     optional_inputs=(),
-    version=2,
+    version=3,  # 3: samples have checksums
     driver=True,
 )

@@ -47,7 +47,7 @@ PICTURES = pa.schema(
     ]
 )
 # Raised whenever the same rows and pictures would become another shard or other rows of the tables.
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2  # 2: samples have checksums
 _SOURCE_BYTES = 16
 _CHUNKS_FILE = "chunks.parquet"
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -363,14 +364,16 @@ def _add_sample(
     tar: TarWriter, item_index: int, sample: Mapping[str, Any], picture: Picture | None
 ) -> dict[str, Any]:
     key = f"{item_index:012d}"
-    image = Placed(0, 0) if picture is None else tar.add(f"{key}.jpg", picture.data)
-    text = tar.add(f"{key}.json", _JSON.encode(sample).encode())
+    data, document = b"" if picture is None else picture.data, _JSON.encode(sample).encode()
+    image = tar.add(f"{key}.jpg", data) if data else Placed(0, 0)
+    text = tar.add(f"{key}.json", document)
     return {
         "item_index": item_index,
         "image_offset": image.offset,
         "image_bytes": image.size,
         "json_offset": text.offset,
         "json_bytes": text.size,
+        "crc32": zlib.crc32(document, zlib.crc32(data)),
     }
 
 

@@ -6,6 +6,7 @@ position of any epoch can be asked for at once, which is what makes a resume exa
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +115,9 @@ def permutation_key(*parts: int) -> np.uint64:
     return np.uint64(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
-def held_out_rows(item_index: Ints, *, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+def held_out_rows(
+    item_index: npt.NDArray[np.integer[Any]], *, fraction: float, seed: int
+) -> npt.NDArray[np.bool_]:
     """Return which items are held out: a hash of (seed, item_index) below ``fraction``.
 
     An item keeps its side when the catalogue grows.

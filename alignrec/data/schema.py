@@ -47,6 +47,8 @@ SAMPLES = pa.schema(
         pa.field("image_bytes", pa.int64(), nullable=False),
         pa.field("json_offset", pa.int64(), nullable=False),
         pa.field("json_bytes", pa.int64(), nullable=False),
+        # of the picture's bytes followed by the JSON's; absent in what older versions wrote
+        pa.field("crc32", pa.uint32(), nullable=False),
     ]
 )
 QUARANTINE = pa.schema(
@@ -91,9 +93,22 @@ def read_removed_items(dataset: Path) -> npt.NDArray[np.int64]:
     return np.flatnonzero(removed).astype(np.int64)
 
 
-def read_samples(dataset: Path) -> pa.Table:
-    """Return where each sample's bytes lie, in item_index order."""
-    return read_table(dataset / "samples.parquet")
+def read_samples(dataset: Path, columns: list[str] | None = None) -> pa.Table:
+    """Return where each sample's bytes lie, in item_index order; shards are dictionary-encoded."""
+    return read_table(dataset / "samples.parquet", columns=columns, dictionaries=["shard"])
+
+
+def have_checksums(dataset: Path) -> bool:
+    """Say whether the samples have checksums; older versions of data_prep wrote none.
+
+    Raises:
+        UserError: the table is absent or damaged.
+    """
+    path = dataset / "samples.parquet"
+    try:
+        return "crc32" in pq.read_schema(path).names
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
 
 
 def read_interactions(
@@ -109,14 +124,21 @@ def read_table(
     *,
     columns: list[str] | None = None,
     filters: list[tuple[str, str, Any]] | None = None,
+    dictionaries: list[str] | None = None,
 ) -> pa.Table:
     """Return a table of a dataset, the given columns of the rows that pass ``filters``.
+
+    Args:
+        path: of the table.
+        columns: their names; all without any.
+        filters: what rows must pass.
+        dictionaries: columns of strings that stay numbers of distinct strings.
 
     Raises:
         UserError: the file is absent or damaged, or lacks a column.
     """
     try:
-        return pq.read_table(path, columns=columns, filters=filters)
+        return pq.read_table(path, columns=columns, filters=filters, read_dictionary=dictionaries)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
 

@@ -46,6 +46,7 @@ class ShardCache:
         config: ShardsConfig,
         shards: Iterable[ShardFile],
         *,
+        verify: bool,
         num_readers: int = 1,
         pause_seconds: float = 1.0,
     ) -> None:
@@ -54,6 +55,8 @@ class ShardCache:
         Args:
             config: root, folder and size; the root must be set.
             shards: all shards that may be asked for.
+            verify: compare a copy that another process made with its SHA-256 when this one first
+                opens it; not needed where every sample has a checksum of its own.
             num_readers: processes that share the folder and read different shards at a time;
                 those that read the same ones count as one.
             pause_seconds: before the second attempt of a fetch; doubled before each further one.
@@ -65,6 +68,7 @@ class ShardCache:
         self._root = (config.root or "").rstrip("/")
         self._folder = config.folder
         self.max_bytes = config.cache_bytes
+        self._verify = verify
         self._num_readers = num_readers
         self._pause_seconds = pause_seconds
         self._verified: set[str] = set()
@@ -93,7 +97,7 @@ class ShardCache:
         return int(self.max_bytes * _SHARE_AHEAD / self._num_readers)
 
     def open(self, shard: ShardFile) -> int:
-        """Return a descriptor of a verified copy, which the caller closes.
+        """Return a descriptor of a copy, which the caller closes.
 
         Raises:
             StageFailure: it cannot be fetched, or is damaged where it comes from.
@@ -113,6 +117,14 @@ class ShardCache:
             f"shards.cache_folder of its own."
         )
 
+    def recheck(self, shard: ShardFile) -> None:
+        """Remove a copy that is not what its name says: the disk's or somebody's doing."""
+        with contextlib.suppress(FileNotFoundError):
+            with self._copy(shard).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard.sha256:
+                self._copy(shard).unlink(missing_ok=True)
+
     def expect(self, shards: Iterable[ShardFile]) -> None:
         """Take note of what will be opened: it makes room last, and is worth fetching ahead."""
         self._needed = frozenset(self._copy(shard) for shard in shards)
@@ -123,13 +135,10 @@ class ShardCache:
 
     def prefetch(self, shard: ShardFile) -> None:
         """Make a copy, unless that is done, in other hands, not needed any more or too much."""
-        copy = self._copy(shard)
-        if (
-            copy in self._needed
-            and not copy.exists()
-            and (descriptor := self._fetch(shard)) is not None
-        ):
-            os.close(descriptor)
+        if not self._copy(shard).exists():
+            descriptor = self._fetch(shard, ahead=True)
+            if descriptor is not None:
+                os.close(descriptor)
 
     def damaged(self, shard: ShardFile, fault: str) -> StageFailure:
         """Return what to raise when a shard is not what the tables say."""
@@ -147,27 +156,21 @@ class ShardCache:
             )
 
     def _open_copy(self, shard: ShardFile) -> int | None:
-        path = self._copy(shard)
+        if self._verify and shard.sha256 not in self._verified:
+            self.recheck(shard)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._copy(shard), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        if shard.sha256 not in self._verified:
-            with os.fdopen(os.dup(descriptor), "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:  # the disk's or somebody's doing: it is fetched again
-                os.close(descriptor)
-                path.unlink(missing_ok=True)
-                return None
-            self._verified.add(shard.sha256)
+        self._verified.add(shard.sha256)
         mark_used(descriptor)
         return descriptor
 
-    def _fetch(self, shard: ShardFile) -> int | None:
+    def _fetch(self, shard: ShardFile, *, ahead: bool = False) -> int | None:
         """Make a copy and return its descriptor; None when it is not for this process to do."""
         if fault := self._failures.get(shard.sha256):
             raise StageFailure(fault)
-        descriptor = self._begin(shard)
+        descriptor = self._begin(shard, ahead=ahead)
         if descriptor is None:
             return None
         try:
@@ -185,11 +188,11 @@ class ShardCache:
         self._verified.add(shard.sha256)
         return descriptor
 
-    def _begin(self, shard: ShardFile) -> int | None:
+    def _begin(self, shard: ShardFile, *, ahead: bool) -> int | None:
         """Lock a new part with room for the shard; None where that is done or cannot be."""
-        part = self._part(shard)
+        part, copy = self._part(shard), self._copy(shard)
         with self._locked():
-            if self._copy(shard).exists():
+            if copy.exists() or (ahead and copy not in self._needed):  # read and removed by now
                 return None
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             if not _take(descriptor, part):

@@ -41,11 +41,15 @@ class ShardSource(Protocol):
         ...
 
     def open(self, shard: ShardFile) -> int:
-        """Return a descriptor of the verified shard, which the caller closes.
+        """Return a descriptor of the shard, which the caller closes.
 
         Raises:
-            StageFailure: it is missing or damaged.
+            StageFailure: it is missing, or damaged as far as that is looked at.
         """
+        ...
+
+    def recheck(self, shard: ShardFile) -> None:
+        """Do what helps against damage found in an open shard, before it is opened again."""
         ...
 
     def expect(self, shards: Iterable[ShardFile]) -> None:
@@ -62,22 +66,30 @@ class ShardSource(Protocol):
 
 
 class LocalShards:
-    """Shards in the dataset's own folder, each verified once by this process."""
+    """Shards in the dataset's own folder."""
 
     keep_fresh = False
     ahead_bytes = 0
 
-    def __init__(self, dataset: Path) -> None:
+    def __init__(self, dataset: Path, *, verify: bool) -> None:
+        """Keep where they are.
+
+        Args:
+            dataset: its folder.
+            verify: compare a shard with its SHA-256 when this process first opens it; not needed
+                where every sample has a checksum of its own.
+        """
         self._dataset = dataset
+        self._verify = verify
         self._verified: set[str] = set()
 
     def open(self, shard: ShardFile) -> int:
-        """Return a descriptor of the verified shard, which the caller closes."""
+        """Return a descriptor of the shard, which the caller closes."""
         try:
             descriptor = os.open(self._dataset / shard.name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self.damaged(shard, error.strerror or "unreadable") from error
-        if shard.name not in self._verified:
+        if self._verify and shard.name not in self._verified:
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard.sha256:
@@ -85,6 +97,9 @@ class LocalShards:
                 raise self.damaged(shard, "its checksum differs from the manifest")
             self._verified.add(shard.name)
         return descriptor
+
+    def recheck(self, shard: ShardFile) -> None:
+        """Do nothing: there is no other copy."""
 
     def expect(self, shards: Iterable[ShardFile]) -> None:
         """Do nothing: they are near."""

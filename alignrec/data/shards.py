@@ -1,7 +1,8 @@
 """Payload bytes of single samples from a dataset's shards (dataset -> loader).
 
 A sample's bytes are read at the offsets in ``samples.parquet``, so any sample costs one or two
-reads and nothing is unpacked. Every shard is checked against the manifest when it is first opened.
+reads and nothing is unpacked. What is read is checked against the sample's checksum; in datasets
+without these, every shard against the manifest when it is first opened.
 """
 
 import concurrent.futures
@@ -9,16 +10,18 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import threading
 import time
+import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from alignrec.data import schema
 from alignrec.data.config import ShardsConfig
@@ -27,12 +30,15 @@ from alignrec.data.shard_file import LocalShards, ShardFile, ShardSource, mark_u
 from alignrec.errors import UserError
 
 Ints = npt.NDArray[np.int64]
+Unsigned = npt.NDArray[np.unsignedinteger[Any]]
 B = TypeVar("B")
 
-_MAX_OPEN_SHARDS = 64
+_MAX_OPEN_SHARDS = 4096  # more than a window touches, where the host allows as many open files
 _FRESH_SECONDS = 1.0  # how precisely the cache knows what was used last, and we what it removed
 _IDLE_SECONDS = 1.0  # a removed copy that is still being read would be fetched again
 _FETCHES_AT_ONCE = 4
+# What reading a sample raises where its shard is not what the tables say, or its storage fails.
+_FAULTS = (EOFError, OSError, ValueError, KeyError, TypeError)
 # Batches that are looked at before they are read.
 _AHEAD_AT_FIRST, _AHEAD_GROWTH, _MOST_AHEAD = 8, 3, 16_384
 
@@ -48,15 +54,30 @@ class RawSample:
 
 @dataclasses.dataclass(frozen=True)
 class SampleTable:
-    """Where each sample lies; row r is the r-th sample of the dataset in item_index order."""
+    """Where each sample lies; row r is the r-th sample of the dataset in item_index order.
 
-    item_index: Ints
+    Every rank has it whole, so its numbers are as narrow as they fit: at most 26 bytes a sample
+    where shards are smaller than 4 GiB.
+
+    Attributes:
+        item_index: of each sample, ascending.
+        shard_names: paths of the shards in the dataset.
+        shard: where in ``shard_names`` each sample's shard is.
+        image_offset: bytes before the picture in the shard.
+        image_bytes: size of the picture; 0 without one.
+        json_offset: bytes before the JSON in the shard.
+        json_bytes: size of the JSON.
+        crc32: of the picture's bytes followed by the JSON's; None in older datasets.
+    """
+
+    item_index: Unsigned
     shard_names: tuple[str, ...]
-    shard: npt.NDArray[np.int32]
-    image_offset: Ints
-    image_bytes: Ints
-    json_offset: Ints
-    json_bytes: Ints
+    shard: Unsigned
+    image_offset: Unsigned
+    image_bytes: Unsigned
+    json_offset: Unsigned
+    json_bytes: Unsigned
+    crc32: Unsigned | None
 
     @classmethod
     def read(cls, dataset: Path) -> "SampleTable":
@@ -65,18 +86,22 @@ class SampleTable:
         Raises:
             UserError: the dataset has neither pictures nor texts.
         """
-        table = schema.read_samples(dataset)
-        if table.num_rows == 0:
+        shards = schema.read_samples(dataset, ["shard"])["shard"]
+        if len(shards) == 0:
             raise UserError(
                 f"{dataset} has no samples (no pictures, no texts), so there is nothing to encode. "
                 f"Import features instead (features.files), and leave the pretrain section out."
             )
-        encoded = pc.dictionary_encode(table["shard"]).combine_chunks()
+        encoded = shards.unify_dictionaries().combine_chunks()
         names = ("item_index", "image_offset", "image_bytes", "json_offset", "json_bytes")
-        numbers = {name: table[name].to_numpy() for name in names}
+        with_checksums = schema.have_checksums(dataset)
+        # a column at a time, so that no more than one is there at its full width
+        numbers = {name: _narrow(schema.read_samples(dataset, [name])[name]) for name in names}
+        crc32 = schema.read_samples(dataset, ["crc32"])["crc32"] if with_checksums else None
         return cls(
             shard_names=tuple(encoded.dictionary.to_pylist()),
-            shard=encoded.indices.to_numpy().astype(np.int32),
+            shard=_narrow(encoded.indices),
+            crc32=None if crc32 is None else _narrow(crc32),
             **numbers,
         )
 
@@ -99,6 +124,7 @@ class ShardReader:
         self._files = files
         self._source = source
         self._open: OrderedDict[int, concurrent.futures.Future[_OpenShard]] = OrderedDict()
+        self._max_open = _max_open_shards()
         self._lock = threading.Lock()
         self._next_look = 0.0
 
@@ -108,19 +134,31 @@ class ShardReader:
         Raises:
             StageFailure: the shard is missing, damaged, or does not hold what the table says.
         """
-        table = self._table
-        number = int(table.shard[row])
+        number = int(self._table.shard[row])
         shard = self._shard(number)
         if self._source.keep_fresh and time.monotonic() > self._next_look:
             self._close_removed()
-        image_bytes, json_bytes = int(table.image_bytes[row]), int(table.json_bytes[row])
         try:
-            image = shard.read(int(table.image_offset[row]), image_bytes)
-            payload = shard.read(int(table.json_offset[row]), json_bytes)
-            text = json.loads(payload)["text"] if payload else ""
-        except (EOFError, ValueError, KeyError) as error:
-            fault = f"sample {table.item_index[row]} is unreadable"
+            return self._sample(row, shard)
+        except _FAULTS:
+            self._source.recheck(self._files[number])  # the damage may be this copy's alone
+            with self._lock:
+                self._open.pop(number, None)
+        shard = self._shard(number)
+        try:
+            return self._sample(row, shard)
+        except _FAULTS as error:
+            fault = f"sample {self._table.item_index[row]} is unreadable ({error})"
             raise self._source.damaged(self._files[number], fault) from error
+
+    def _sample(self, row: int, shard: "_OpenShard") -> RawSample:
+        """Read a sample; raises one of _FAULTS."""
+        table = self._table
+        image = shard.read(int(table.image_offset[row]), int(table.image_bytes[row]))
+        payload = shard.read(int(table.json_offset[row]), int(table.json_bytes[row]))
+        if table.crc32 is not None and zlib.crc32(payload, zlib.crc32(image)) != table.crc32[row]:
+            raise ValueError("its checksum differs from samples.parquet")
+        text = json.loads(payload)["text"] if payload else ""
         return RawSample(int(table.item_index[row]), image, text)
 
     def fetched_ahead(
@@ -177,7 +215,7 @@ class ShardReader:
                 self._open.move_to_end(number)
             else:
                 mine = self._open[number] = concurrent.futures.Future()
-                while len(self._open) > _MAX_OPEN_SHARDS:
+                while len(self._open) > self._max_open:
                     self._open.popitem(last=False)
         if future is not None:
             try:
@@ -261,12 +299,13 @@ class _OpenShard:
 
         Raises:
             EOFError: the shard is shorter.
+            OSError: the storage fails.
         """
         if size == 0:
             return b""
         content = os.pread(self._descriptor, size, offset)
         if len(content) != size:
-            raise EOFError
+            raise EOFError("the shard is too short")
         self._last_read = time.monotonic()
         if self._last_read > self._fresh_until:
             self._fresh_until = self._last_read + _FRESH_SECONDS
@@ -295,6 +334,23 @@ def open_shards(
             cannot be used.
     """
     files = shard_files(dataset, table.shard_names)
+    verify = table.crc32 is None
     if config.root is None:
-        return ShardReader(table, files, LocalShards(dataset))
-    return ShardReader(table, files, ShardCache(config, files, num_readers=num_readers))
+        return ShardReader(table, files, LocalShards(dataset, verify=verify))
+    cache = ShardCache(config, files, verify=verify, num_readers=num_readers)
+    return ShardReader(table, files, cache)
+
+
+def _narrow(column: pa.ChunkedArray | pa.Array) -> Unsigned:
+    """Return numbers that are not negative in the narrowest type that holds them."""
+    numbers = column.to_numpy()
+    result: Unsigned = numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
+    return result
+
+
+def _max_open_shards() -> int:
+    """Return how many shards may be open: at most half of the files that the process may have."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        _MAX_OPEN_SHARDS if limit == resource.RLIM_INFINITY else min(_MAX_OPEN_SHARDS, limit // 2)
+    )

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -198,10 +199,12 @@ def _tar(samples: list[tuple[int, str, bytes]]) -> tuple[bytes, list[dict[str, i
     with tarfile.open(fileobj=io.BytesIO(content_bytes)) as tar:
         for member in tar:
             stem, _, suffix = member.name.partition(".")
-            empty = {"item_index": int(stem), "image_offset": 0, "image_bytes": 0}
+            empty = {"item_index": int(stem), "image_offset": 0, "image_bytes": 0, "crc32": 0}
             row = rows.setdefault(int(stem), empty)
             prefix = "image" if suffix == "jpg" else "json"
             row[f"{prefix}_offset"], row[f"{prefix}_bytes"] = member.offset_data, member.size
+            payload = content_bytes[member.offset_data : member.offset_data + member.size]
+            row["crc32"] = zlib.crc32(payload, row["crc32"])  # the picture comes first
     return content_bytes, list(rows.values())
 
 

@@ -111,7 +111,7 @@ fsspec.register_implementation("slow", Slow, clobber=True)
 dataset, folder = Path(sys.argv[1]), Path(sys.argv[2])
 shards = shard_files(dataset, SampleTable.read(dataset).shard_names)
 config = ShardsConfig(root=f"slow://{dataset}", cache_folder=folder)
-ShardCache(config, shards).open(shards[0])
+ShardCache(config, shards, verify=True).open(shards[0])
 """
 
 
@@ -130,7 +130,7 @@ def test_what_a_killed_process_was_fetching_does_not_count(tmp_path: Path, datas
     config = ShardsConfig(
         root=str(dataset), cache_folder=tmp_path, cache_bytes=max(f.num_bytes for f in files)
     )
-    cache = ShardCache(config, files)
+    cache = ShardCache(config, files, verify=True)
     for file in (files[1], files[0]):  # the first needs the room that the part takes
         descriptor = cache.open(file)
         assert os.pread(descriptor, file.num_bytes, 0) == (dataset / file.name).read_bytes()

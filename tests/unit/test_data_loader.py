@@ -1,14 +1,20 @@
 """Order, shards, pictures and batches between the dataset and the encoder."""
 
+import errno
+import hashlib
 import io
 import itertools
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from alignrec import artifacts
+from alignrec.data import schema
 from alignrec.data.config import ShardsConfig
 from alignrec.data.images import crop_box, decode
 from alignrec.data.loader import NO_ITEM, ItemReader, Loader, MicroBatch, Plan
@@ -143,28 +149,96 @@ def test_threads_keep_the_order(tmp_path: Path) -> None:
     assert got == [[i, 39 - i] for i in range(20)]
 
 
-def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
-    folder = write_dataset(tmp_path / "d", num_items=20, samples_per_shard=10)
-    shard = SampleTable.read(folder).shard_names[1]
+def damage(folder: Path, *, row: int, column: str) -> str:
+    """Change one byte of a sample's picture or JSON; returns the shard's name."""
+    table = SampleTable.read(folder)
+    shard = table.shard_names[int(table.shard[row])]
     with (folder / shard).open("r+b") as file:
-        file.seek(2000)
-        file.write(b"X" * 50)
+        file.seek(int(getattr(table, column)[row]) + 20)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    return shard
+
+
+@pytest.mark.parametrize("column", ["image_offset", "json_offset"])
+def test_a_damaged_sample_and_its_shard_are_named(tmp_path: Path, column: str) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=20, samples_per_shard=10)
+    shard = damage(folder, row=12, column=column)
     reader = make_reader(folder)
-    reader.read(MicroBatch(0, np.array([0])))
-    with pytest.raises(StageFailure, match=f"{shard}.*checksum.*data_prep"):
+    reader.read(MicroBatch(0, np.array([0, 11, 13])))
+    with pytest.raises(StageFailure, match=f"{shard}.*sample 12 .*checksum differs.*data_prep"):
         reader.read(MicroBatch(0, np.array([12])))
     (folder / shard).unlink()
     with pytest.raises(StageFailure, match=f"{shard}.*No such file"):
         reader.read(MicroBatch(0, np.array([12])))
 
 
-def test_no_more_than_64_shards_are_open_at_once(tmp_path: Path) -> None:
+def test_no_more_is_read_than_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=20, samples_per_shard=10)
+    table = SampleTable.read(folder)
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *of: (read.append(of[1]), pread(*of))[1])
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    make_reader(folder).read(MicroBatch(0, np.array([3, 15])))
+    assert sum(read) == sum(int(table.image_bytes[r] + table.json_bytes[r]) for r in (3, 15))
+
+
+def test_shards_of_samples_without_checksums_are_verified_whole(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=20, samples_per_shard=10)
+    shard = damage(folder, row=12, column="image_offset")
+    samples = schema.read_samples(folder).drop_columns(["crc32"])
+    pq.write_table(samples, folder / "samples.parquet")
+    reader = make_reader(folder)
+    reader.read(MicroBatch(0, np.array([0])))
+    with pytest.raises(StageFailure, match=f"{shard}.*checksum differs from the manifest"):
+        reader.read(MicroBatch(0, np.array([11])))
+
+
+def test_a_storage_that_fails_is_asked_again_and_then_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=20, samples_per_shard=10)
+    failures = [OSError(errno.EIO, os.strerror(errno.EIO))]
+    pread = os.pread
+
+    def failing(*of: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return pread(*of)
+
+    monkeypatch.setattr(os, "pread", failing)
+    reader = make_reader(folder)
+    assert reader.read(MicroBatch(0, np.array([3]))).item_index.tolist() == [3]
+    failures.extend([OSError(errno.EIO, os.strerror(errno.EIO))] * 2)
+    shard = SampleTable.read(folder).shard_names[0]
+    with pytest.raises(StageFailure, match=f"{shard}: sample 3 is unreadable .*Input/output error"):
+        reader.read(MicroBatch(0, np.array([3])))
+
+
+@pytest.mark.parametrize(("limit", "most"), [(60, 30), (1024, 100), (resource.RLIM_INFINITY, 100)])
+def test_shards_stay_open_as_far_as_the_process_may_have_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, most: int
+) -> None:
     folder = write_dataset(tmp_path / "d", num_items=100, samples_per_shard=1, image_size=8)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     before = len(list(Path("/proc/self/fd").iterdir()))
     reader = make_reader(folder)
     reader.read(MicroBatch(0, np.arange(100)))
-    assert len(list(Path("/proc/self/fd").iterdir())) - before == 64
+    assert len(list(Path("/proc/self/fd").iterdir())) - before == most
     assert artifacts.read(folder).counts["num_shards"] == 100
+
+
+def test_the_sample_table_is_narrow_and_says_what_the_file_says(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "d", num_items=300, samples_per_shard=20, image_size=8)
+    table = SampleTable.read(folder)
+    wanted = schema.read_samples(folder)
+    columns = [name for name in wanted.column_names if name != "shard"]
+    for name in columns:
+        assert np.array_equal(getattr(table, name), wanted[name].to_numpy()), name
+    assert [table.shard_names[s] for s in table.shard] == wanted["shard"].to_pylist()
+    assert sum(getattr(table, name).itemsize for name in (*columns, "shard")) <= 26
 
 
 def test_crops_lie_inside_and_keep_half_of_the_area() -> None:

@@ -108,6 +108,23 @@ def test_what_did_not_change_is_shared(shop: Catalogue) -> None:
         assert (second / "shards" / shard.name).stat().st_ino == shard.stat().st_ino
 
 
+def test_a_version_before_checksums_gives_its_pictures_and_shards(
+    shop: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples have none, so chunks are made again: of kept pictures, to the same shards."""
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.reuse._FORMAT_VERSION", 1)
+        first = shop.make("a")
+    whole = content(first)
+    samples = pq.read_table(first / "samples.parquet")
+    pq.write_table(samples.drop_columns(["crc32"]), first / "samples.parquet")
+    second = shop.make("b", "a")
+    assert [fetched for _, fetched in shop.cost()] == [0] * 3
+    assert content(second) == whole
+    for shard in (first / "shards").iterdir():
+        assert (second / "shards" / shard.name).stat().st_ino == shard.stat().st_ino
+
+
 def test_where_there_are_no_hard_links_shards_are_copied(
     shop: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:

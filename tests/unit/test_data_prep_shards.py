@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def test_offsets_point_at_the_payloads(raw: Path, tmp_path: Path) -> None:
         assert data[start : start + row["json_bytes"]] == text
         start = row["image_offset"]
         assert data[start : start + row["image_bytes"]] == image
+        assert row["crc32"] == zlib.crc32(image + text)
         assert bool(image) == (row["item_index"] not in (4, 7, 9))
 
 

@@ -79,11 +79,16 @@ def shards(dataset: Path) -> tuple[ShardFile, ...]:
 
 
 def cache_of(
-    folder: Path, shards: tuple[ShardFile, ...], *, num_shards: float = 100, root: str = ROOT
+    folder: Path,
+    shards: tuple[ShardFile, ...],
+    *,
+    num_shards: float = 100,
+    root: str = ROOT,
+    verify: bool = True,
 ) -> ShardCache:
     most = int(num_shards * max(shard.num_bytes for shard in shards))
     config = ShardsConfig(root=root, cache_folder=folder, cache_bytes=most)
-    return ShardCache(config, shards, pause_seconds=0.0)
+    return ShardCache(config, shards, verify=verify, pause_seconds=0.0)
 
 
 def read(cache: ShardCache, shard: ShardFile) -> bytes:
@@ -140,6 +145,22 @@ def test_what_will_be_read_makes_room_last(tmp_path: Path, shards: tuple[ShardFi
     cache.prefetch(shards[5])  # nobody waits for it any more
     read(cache, shards[4])
     assert kept(tmp_path) == names(shards[0], shards[3], shards[4])
+
+
+def test_a_late_prefetch_does_not_fetch_what_was_read_and_removed_by_then(
+    tmp_path: Path, shards: tuple[ShardFile, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(tmp_path, shards)
+    cache.expect([shards[0]])
+    locked = cache._locked
+
+    def later() -> Any:
+        cache.expect([])
+        return locked()
+
+    monkeypatch.setattr(cache, "_locked", later)
+    cache.prefetch(shards[0])
+    assert not CountedFileSystem.fetched
 
 
 def test_the_cache_never_takes_more_than_its_bytes(
@@ -232,6 +253,26 @@ def test_damage_on_the_disk_is_found_by_the_next_run(
     assert sum(CountedFileSystem.fetched.values()) == 2
 
 
+def test_damage_on_the_disk_is_found_by_who_reads_the_sample(
+    tmp_path: Path, dataset: Path, shards: tuple[ShardFile, ...]
+) -> None:
+    """Copies are not read whole for it, and what is damaged is fetched again."""
+    near = open_shards(dataset, SampleTable.read(dataset), ShardsConfig())
+    wanted = [near.read(row) for row in (3, 4)]
+    read(cache_of(tmp_path, shards), shards[0])
+    copy = tmp_path / f"{shards[0].sha256}.tar"
+    content = copy.read_bytes()
+    copy.write_bytes(content.replace(wanted[0].image, bytes(len(wanted[0].image))))
+    reader = reader_of(dataset, tmp_path, shards, num_shards=100)
+    assert reader.read(4) == wanted[1]
+    assert sum(CountedFileSystem.fetched.values()) == 1
+    assert [reader.read(row) for row in (3, 4)] == wanted
+    assert sum(CountedFileSystem.fetched.values()) == 2
+    assert copy.read_bytes() == content
+    reader.close()
+    near.close()
+
+
 def test_a_store_that_fails_for_a_while_is_asked_again(
     tmp_path: Path, shards: tuple[ShardFile, ...]
 ) -> None:
@@ -272,7 +313,7 @@ def test_what_somebody_fetches_is_left_to_him(
 def reader_of(
     dataset: Path, folder: Path, shards: tuple[ShardFile, ...], *, num_shards: float
 ) -> ShardReader:
-    cache = cache_of(folder, shards, num_shards=num_shards)
+    cache = cache_of(folder, shards, num_shards=num_shards, verify=False)
     return ShardReader(SampleTable.read(dataset), shards, cache)
 
 
@@ -520,6 +561,9 @@ class Stuck:
 
     def open(self, shard: ShardFile) -> int:
         raise StageFailure(shard.name)
+
+    def recheck(self, shard: ShardFile) -> None:
+        pass
 
     def expect(self, shards: Iterable[ShardFile]) -> None:
         pass
