@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+Mapped = np.memmap[Any, np.dtype[Any]]
+
 
 def create_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
     """Write an ``.npy`` file of zeros without touching its pages; on one rank."""
@@ -24,6 +26,22 @@ def create_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> No
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
         os.fsync(file.fileno())
+
+
+def map_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Mapped:
+    """Write an ``.npy`` file of zeros and map it for writing in any order; for one process alone.
+
+    Its place on the disk is taken at once: a disk that gets full under a mapping kills the process
+    without a word.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    create_array(path, dtype, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    array: Mapped = np.load(path, mmap_mode="r+")
+    return array
 
 
 class SharedArray:

@@ -276,13 +276,15 @@ def _write_final(
     raw: rows.Matrix = np.load(files.raw, mmap_mode="r")
     chosen = config.extraction
     parts = _Part.of(raw, files.parts, mask, chosen)
-    features = rows.create(folder / rows.FEATURES, files.shape, config.dtype)
-    for block in rows.blocks(len(raw)):
+
+    def finish(block: slice) -> rows.Floats:
         finished = [part.finish(raw, block) for part in parts]
         if chosen.normalise and chosen.pooling == "all":  # what is loud drowns nothing
             finished = [rows.unit_rows(part) for part in finished]
         result = np.concatenate(finished, axis=1)
-        features[block] = rows.unit_rows(result) if chosen.normalise else result
+        return rows.unit_rows(result) if chosen.normalise else result
+
+    rows.write(folder / rows.FEATURES, files.shape, config.dtype, finish)
     np.save(folder / rows.MASK, mask)
     return files.shape[1]
 

@@ -1,5 +1,6 @@
 """Features that somebody else computed: unit rows of files side by side (files -> features)."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +22,41 @@ def write_imported(
     Raises:
         UserError: a file is absent, of another shape, or holds NaN or infinity.
     """
-    matrices = [_open(file.path, num_items) for file in files]
-    dim: int = sum(matrix.shape[1] for matrix in matrices)
-    features = rows.create(folder / rows.FEATURES, (num_items, dim), dtype)
+    given = [_Given.open(file, num_items) for file in files]
     mask = np.zeros((num_items, 2), dtype=bool)
-    start = 0
-    for file, matrix in zip(files, matrices, strict=True):
-        present = _present(matrix, file.path)
-        mask[:, 0 if file.modality == "image" else 1] |= present
-        columns = slice(start, start + matrix.shape[1])
-        means = rows.column_means(matrix, present) if file.center else 0.0
-        for block in rows.blocks(num_items):
-            part = (matrix[block] - means).astype(np.float32) * present[block, None]
-            features[block, columns] = rows.unit_rows(part)
-        start = columns.stop
+    for one in given:
+        mask[:, 0 if one.file.modality == "image" else 1] |= one.present
+    dim: int = sum(one.matrix.shape[1] for one in given)
+    rows.write(
+        folder / rows.FEATURES,
+        (num_items, dim),
+        dtype,
+        lambda block: np.concatenate([one.unit_rows(block) for one in given], axis=1),
+    )
     np.save(folder / rows.MASK, mask)
     return dim
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """One file, open: which of its rows are there, and what is subtracted from them."""
+
+    file: FeatureFile
+    matrix: rows.Matrix
+    present: npt.NDArray[np.bool_]
+    means: npt.NDArray[np.float64] | float
+
+    @classmethod
+    def open(cls, file: FeatureFile, num_items: int) -> "_Given":
+        matrix = _open(file.path, num_items)
+        present = _present(matrix, file.path)
+        means = rows.column_means(matrix, present) if file.center else 0.0
+        return cls(file, matrix, present, means)
+
+    def unit_rows(self, block: slice) -> rows.Floats:
+        """Return a block of rows at length 1."""
+        centred = (self.matrix[block] - self.means).astype(np.float32)
+        return rows.unit_rows(centred * self.present[block, None])
 
 
 def _open(path: Path, num_items: int) -> rows.Matrix:

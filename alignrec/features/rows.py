@@ -1,12 +1,13 @@
 """Feature matrices on disk, made in blocks of rows, never whole in memory (features -> graph)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.format import open_memmap
+
+from alignrec.data.shared_array import SharedArray, create_array
 
 Floats = npt.NDArray[np.float32]
 Matrix = npt.NDArray[Any]
@@ -17,10 +18,22 @@ BLOCK_ROWS = 4096
 _NOISE_SHARE = 1e-6  # of the largest variance; rows are single precision
 
 
-def create(path: Path, shape: tuple[int, int], dtype: str) -> Matrix:
-    """Create a matrix of zeros on disk, mapped for writing."""
-    matrix: Matrix = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    return matrix
+def write(path: Path, shape: tuple[int, int], dtype: str, make: Callable[[slice], Floats]) -> None:
+    """Write a matrix block by block.
+
+    Args:
+        path: of the new ``.npy`` file.
+        shape: rows and columns.
+        dtype: number format of the file.
+        make: returns the rows of a block.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    create_array(path, dtype, shape)
+    with SharedArray.open(path) as file:
+        for block in blocks(shape[0]):
+            file.write(block.start, make(block))
 
 
 def blocks(num_rows: int) -> Iterator[slice]:

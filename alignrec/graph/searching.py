@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from alignrec import artifacts
-from alignrec.data.shared_array import SharedArray, create_array
+from alignrec.data.shared_array import SharedArray, create_array, map_array
 from alignrec.distributed.process_group import Rank, barrier
 from alignrec.errors import StageFailure
 from alignrec.graph import cells, knn, schema
@@ -138,8 +138,8 @@ class Search:
         shape = (self.num_items, self.config.k)
         path = functools.partial(schema.neighbors_path, folder)
         path("index").parent.mkdir(exist_ok=True)
-        index = np.lib.format.open_memmap(path("index"), "w+", np.dtype(np.int32), shape)
-        cosine = np.lib.format.open_memmap(path("cosine"), "w+", np.dtype(np.float32), shape)
+        index = map_array(path("index"), np.int32, shape)
+        cosine = map_array(path("cosine"), np.float32, shape)
         index[:] = -1
         for chunk in self._chunks_written():
             items = chunk["item"]

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from alignrec.data.shared_array import map_array
 from alignrec.graph.buckets import append_by_bucket
 from alignrec.graph.edges import Similar
 
@@ -135,8 +136,8 @@ def _write_matrix(
 ) -> None:
     np.save(folder / "indptr.npy", indptr)
     size = (int(indptr[-1]),)
-    indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.dtype(np.int32), size)
-    values = np.lib.format.open_memmap(folder / "values.npy", "w+", np.dtype(np.float32), size)
+    indices = map_array(folder / "indices.npy", np.int32, size)
+    values = map_array(folder / "values.npy", np.float32, size)
     first = 0
     for path, _ in _buckets(folder, len(scale)):
         entries = np.fromfile(path, dtype=_ENTRY)

@@ -1,11 +1,13 @@
 """Rows that several writers put into one file at the same time all arrive."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from alignrec.data.shared_array import SharedArray, create_array
+from alignrec.data.shared_array import SharedArray, create_array, map_array
 
 
 @pytest.mark.parametrize("shape", [(1000,), (1000, 3), (1000, 2, 2)])
@@ -49,3 +51,25 @@ def test_what_is_flushed_is_seen_by_others_before_the_end(tmp_path: Path) -> Non
         file.write(3, np.array([9]))
         file.sync()
         assert np.load(tmp_path / "rows.npy").tolist() == [0, 7, 8, 9, 0]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (100_000,), (1000, 3)])
+def test_a_mapped_array_has_its_place_on_the_disk(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    array = map_array(tmp_path / "a.npy", np.float32, shape)
+    assert array.shape == shape
+    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= array.nbytes  # not sparse
+    array[:] = 3.0
+    array.flush()
+    assert (np.load(tmp_path / "a.npy") == 3.0).all()
+
+
+def test_a_full_disk_is_told_before_anything_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(OSError, match="No space left"):
+        map_array(tmp_path / "a.npy", np.float32, (10,))

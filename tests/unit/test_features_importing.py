@@ -1,5 +1,6 @@
 """Imported features, hiding of a modality, and the settings of the stage."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import pytest
 
 from alignrec import artifacts, configuration
 from alignrec.data.embeddings import read_features
+from alignrec.data.shared_array import SharedArray
 from alignrec.errors import UserError
 from alignrec.features import STAGE, extraction
 from alignrec.features.config import ExtractionConfig, FeaturesConfig
 from alignrec.features.extraction import content_mask
-from alignrec.stage import Context
+from alignrec.stage import Context, main
 from alignrec.testing.datasets import write_dataset
 
 NUM_ITEMS = 12
@@ -62,6 +64,23 @@ def test_files_become_unit_rows_side_by_side(dataset: Path, tmp_path: Path) -> N
     assert mask[:, 0].tolist() == present.tolist()
     assert mask[:, 1].all()
     assert artifacts.verify(output).counts == {"num_items": NUM_ITEMS, "dim": 9}
+
+
+def test_a_full_disk_ends_the_stage_with_a_line(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Not with SIGBUS: nothing is written through a mapping."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SharedArray, "write", full)
+    image = save_matrix(tmp_path / "image.npy")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"features: {{files: [{{path: {image}, modality: image}}]}}")
+    folders = ["--dataset", str(dataset), "--output", str(tmp_path / "features")]
+    assert main(STAGE, [*folders, "--recipe", str(recipe)]) == 1
+    assert "No space left on device), so the stage stopped" in capsys.readouterr().err
 
 
 def test_wrong_files_are_told_apart(dataset: Path, tmp_path: Path) -> None:
