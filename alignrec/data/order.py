@@ -118,10 +118,16 @@ def permutation_key(*parts: int) -> np.uint64:
 def held_out_rows(
     item_index: npt.NDArray[np.integer[Any]], *, fraction: float, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """Return which items are held out: a hash of (seed, item_index) below ``fraction``.
+    """Return which items are held out: those whose place is below ``fraction``.
 
     An item keeps its side when the catalogue grows.
     """
+    return item_places(item_index, seed=seed) < fraction
+
+
+def item_places(item_index: npt.NDArray[np.integer[Any]], *, seed: int) -> npt.NDArray[np.float64]:
+    """Return a hash of (seed, item_index) between 0 and 1, by which items are sampled."""
     salt = permutation_key(seed, 2)
     hashed = _mix(_mix(item_index.astype(np.uint64) + salt) + np.uint64(_GOLDEN))
-    return (hashed >> np.uint64(11)) < np.uint64(int(fraction * (1 << 53)))
+    places: npt.NDArray[np.float64] = (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return places

@@ -126,7 +126,8 @@ def barrier(rank: Rank) -> None:
         raise StageFailure(
             f"rank {rank.index} of {rank.world_size} waited for its peers and lost one "
             f"({str(error).splitlines()[0]}). Look for the rank that died or hangs in the logs of "
-            f"the others, then run the same command again: it resumes."
+            f"the others, or raise timeout_seconds where one only needs longer; then run the same "
+            f"command again: it resumes."
         ) from error
 
 

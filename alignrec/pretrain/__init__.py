@@ -10,6 +10,6 @@ STAGE = Stage(
     inputs=("dataset",),
     optional_inputs=(),
     # 2: pictures are resized by torch; 3: text head from counts, linear summary; 4: a codebook
-    # holds the counts of its codes
-    version=4,
+    # holds the counts of its codes; 5: held-out texts are in no count, fewer factors of counts
+    version=5,
 )

@@ -1,14 +1,17 @@
 """Text to token ids: trained on the catalogue's text, or given (dataset -> masking)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from alignrec import artifacts
+from alignrec.data import schema
+from alignrec.data.order import item_places
 from alignrec.errors import UserError
-from alignrec.pretrain.config import TokenizerConfig
+from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.given_tokenizer import read_given, read_json
 
 TOKENIZER = "tokenizer.json"
@@ -23,6 +26,8 @@ _ROLES = {
     "mask": (MASK, "[MASK]"),
 }
 _ROWS_AT_ONCE = 4096
+# Of this much text the trained tokens are the same but for rare ones; it takes some 40 s at most.
+_MAX_TEXTS, _MAX_CHARACTERS = 100_000, 2_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +78,13 @@ class Words:
         return words.strip()
 
 
-def train(texts: Iterator[str], vocabulary_size: int) -> Tokenizer:
-    """Train a byte-level BPE: every string has an encoding, and equal texts give equal tokens."""
+def train(texts: Iterable[str | list[str]], vocabulary_size: int) -> Tokenizer:
+    """Train a byte-level BPE: every string has an encoding, and equal texts give equal tokens.
+
+    Args:
+        texts: one by one, or in lists.
+        vocabulary_size: tokens at most.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -90,12 +100,15 @@ def train(texts: Iterator[str], vocabulary_size: int) -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(dataset: Path, config: TokenizerConfig, target: Path) -> None:
+def write_tokenizer(dataset: Path, config: PretrainConfig, target: Path) -> None:
     """Put the configured tokenizer at ``target`` (rank 0 calls it)."""
-    if config.path is None:
-        train(filter(None, read_texts(dataset)), config.vocabulary_size).save(str(target))
-    else:
-        read_given(config.path).save(str(target))
+    given = config.tokenizer.path
+    if given is not None:
+        read_given(given).save(str(target))
+        return
+    sample = read_training_texts(dataset, config, most=_MAX_TEXTS)
+    texts = ([text[:_MAX_CHARACTERS] for text in batch] for batch in sample)
+    train(texts, config.tokenizer.vocabulary_size).save(str(target))
 
 
 def load_words(path: Path, *, max_length: int) -> Words:
@@ -129,7 +142,29 @@ def as_words(tokenizer: Tokenizer, *, max_length: int, source: str) -> Words:
 
 
 def read_texts(dataset: Path) -> Iterator[str]:
-    """Yield the text of every item, in item_index order; empty where there is none."""
-    file = pq.ParquetFile(dataset / "items.parquet")
-    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["text"]):
+    """Yield the text of every item, in item_index order; empty where there is none.
+
+    Raises:
+        UserError: the item table is absent or damaged.
+    """
+    path = dataset / "items.parquet"
+    for batch in schema.read_batches(path, batch_size=_ROWS_AT_ONCE, columns=["text"]):
         yield from batch["text"].to_pylist()
+
+
+def read_training_texts(dataset: Path, config: PretrainConfig, *, most: int) -> Iterator[list[str]]:
+    """Yield lists of the texts of training items, about ``most`` of a larger catalogue.
+
+    Held-out items would be known before they are predicted, so their texts are left out. Which
+    items are read is a hash of (seed, item_index), as which are held out.
+
+    Raises:
+        UserError: the item table is absent or damaged.
+    """
+    first = config.valid_fraction
+    end = first + most / max(artifacts.read(dataset).counts["num_items"], 1)
+    path, columns = dataset / "items.parquet", ["item_index", "text"]
+    for batch in schema.read_batches(path, batch_size=_ROWS_AT_ONCE, columns=columns):
+        place = item_places(batch["item_index"].to_numpy(), seed=config.seed)
+        chosen = batch["text"].filter((first <= place) & (place < end))
+        yield chosen.filter(pc.not_equal(chosen, "")).to_pylist()

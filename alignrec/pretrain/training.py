@@ -128,7 +128,7 @@ def _prepare(
     """Write what all ranks start from, unless a killed run has left it."""
     if not (draft.path / TOKENIZER).exists():
         written = draft.work / TOKENIZER
-        write_tokenizer(dataset, config.tokenizer, written)
+        write_tokenizer(dataset, config, written)
         written.replace(draft.path / TOKENIZER)
     words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
     if not (draft.work / ARCHITECTURE).exists():
@@ -158,9 +158,7 @@ def _prepare(
             telemetry=telemetry,
         )
     if counts_words(config) and not (draft.work / VECTORS).exists():
-        write_word_vectors(
-            dataset, words, draft.work / VECTORS, width=architecture.width, seed=config.seed
-        )
+        write_word_vectors(dataset, words, config, draft.work / VECTORS, width=architecture.width)
 
 
 class Trainer:

@@ -144,7 +144,7 @@ def test_the_plain_run_is_torch_adamw_on_the_global_batches(
         config.objective,
         seed=config.seed,
     )
-    write_word_vectors(dataset, words, tmp_path / "vectors", width=16, seed=config.seed)
+    write_word_vectors(dataset, words, config, tmp_path / "vectors", width=16)
     model.encoder.text_embed.weight.data.copy_(read_word_vectors(tmp_path / "vectors"))
     model.load_state_dict(read_text_head(tmp_path / "vectors"), strict=False)
     optimizer = torch.optim.AdamW(

@@ -74,6 +74,17 @@ def test_a_missing_peer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_who_waits_for_one_that_only_needs_longer_is_told_what_to_raise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("Timed out waiting 1000ms for recv operation to complete")
+
+    monkeypatch.setattr(dist, "barrier", lost)
+    with pytest.raises(StageFailure, match=r"lost one \(Timed out.*raise timeout_seconds"):
+        process_group.barrier(process_group.Rank(index=1, world_size=2))
+
+
 def save_both(folder: Path) -> tuple[float, list[str], list[str], int]:
     """Return what the other rank saved, what this one hashed, and the step after a damage."""
     hashed, checksum = list[str](), artifacts.checksum

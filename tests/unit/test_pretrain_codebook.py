@@ -211,7 +211,7 @@ def test_the_sample_is_of_training_pictures_whatever_the_threads(tmp_path: Path)
     train = split_rows(table, config).train
     assert sorted(rows) == [row for row in train if table.item_index[row] % 3]
     assert len(choose_pictures(table, make_config(codebook_pictures=7))) == 7
-    write_tokenizer(dataset, config.tokenizer, tmp_path / "tokenizer.json")
+    write_tokenizer(dataset, config, tmp_path / "tokenizer.json")
     words = load_words(tmp_path / "tokenizer.json", max_length=20)
     architecture = config.encoder.architecture(words.vocabulary_size)
     for threads in (1, 3):

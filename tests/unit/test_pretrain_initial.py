@@ -61,6 +61,10 @@ def make_config(
     return configuration.build(PretrainConfig, section, section="pretrain")
 
 
+def given(path: Path | str) -> PretrainConfig:
+    return PretrainConfig(tokenizer=TokenizerConfig(path=str(path)))
+
+
 def official_tensors(*, image_size: int = 16) -> dict[str, torch.Tensor]:
     """What microsoft/unilm's pretraining checkpoints hold, small."""
     config = make_config(Path("unused"), image_size=image_size)
@@ -327,7 +331,7 @@ LETTERS = [("▁", -3.0), *((letter, -4.0) for letter in "adegnrs")]
 def test_sentencepiece_ids_are_those_of_the_xlmr_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "beit3.spm"
     write_sentencepiece(path, [*OWN, ("▁garden", -1.0), *LETTERS])
-    write_tokenizer(tmp_path, TokenizerConfig(path=str(path)), tmp_path / "tokenizer.json")
+    write_tokenizer(tmp_path, given(path), tmp_path / "tokenizer.json")
     words = load_words(tmp_path / "tokenizer.json", max_length=12)
     assert (words.start_id, words.padding_id, words.end_id, words.mask_id) == (0, 1, 2, 13)
     assert words.vocabulary_size == 14  # 4 in front, 9 pieces, <mask>
@@ -339,7 +343,7 @@ def test_sentencepiece_byte_pairs_merge_in_the_order_of_the_pieces(tmp_path: Pat
     path = tmp_path / "bpe.model"
     merged = [("▁g", 0.0), ("▁ga", -1.0), ("rd", -2.0), ("▁gard", -3.0), ("en", -4.0)]
     write_sentencepiece(path, [*OWN, *merged, *LETTERS], kind=2)
-    write_tokenizer(tmp_path, TokenizerConfig(path=str(path)), tmp_path / "tokenizer.json")
+    write_tokenizer(tmp_path, given(path), tmp_path / "tokenizer.json")
     words = load_words(tmp_path / "tokenizer.json", max_length=12)
     assert words("garden") == [0, 7, 8, 2]
 
@@ -347,12 +351,12 @@ def test_sentencepiece_byte_pairs_merge_in_the_order_of_the_pieces(tmp_path: Pat
 def test_other_files_are_no_sentencepiece_models(tmp_path: Path) -> None:
     (tmp_path / "beit3.spm").write_bytes(b"no protobuf")
     with pytest.raises(UserError, match="is no sentencepiece model"):
-        write_tokenizer(tmp_path, TokenizerConfig(path=str(tmp_path / "beit3.spm")), tmp_path / "t")
+        write_tokenizer(tmp_path, given(tmp_path / "beit3.spm"), tmp_path / "t")
     write_sentencepiece(tmp_path / "t5.model", [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)])
     with pytest.raises(UserError, match="begins with <pad> </s> <unk>"):
-        write_tokenizer(tmp_path, TokenizerConfig(path=str(tmp_path / "t5.model")), tmp_path / "t")
+        write_tokenizer(tmp_path, given(tmp_path / "t5.model"), tmp_path / "t")
     with pytest.raises(UserError, match="is no sentencepiece model"):
-        write_tokenizer(tmp_path, TokenizerConfig(path=str(tmp_path / "no.spm")), tmp_path / "t")
+        write_tokenizer(tmp_path, given(tmp_path / "no.spm"), tmp_path / "t")
 
 
 def test_a_transformers_tokenizer_comes_from_its_folder(tmp_path: Path) -> None:
@@ -366,7 +370,7 @@ def test_a_transformers_tokenizer_comes_from_its_folder(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
     )
-    write_tokenizer(tmp_path, TokenizerConfig(path=str(folder)), tmp_path / "tokenizer.json")
+    write_tokenizer(tmp_path, given(folder), tmp_path / "tokenizer.json")
     words = load_words(tmp_path / "tokenizer.json", max_length=12)
     assert words("garden seeds") == [2, 5, 6, 7, 3]
     assert words.mask_id == 4
@@ -377,7 +381,7 @@ def test_a_name_that_leads_nowhere_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    config = TokenizerConfig(path="nobody/has-this-tokenizer")
+    config = given("nobody/has-this-tokenizer")
     with pytest.raises(UserError, match=r"is no file, and transformers finds no tokenizer") as e:
         write_tokenizer(tmp_path, config, tmp_path / "t")
     assert "\n" not in str(e.value)

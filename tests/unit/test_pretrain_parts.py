@@ -256,7 +256,9 @@ def test_without_summary_weight_the_objective_is_beit3s() -> None:
 def test_tokenizer_is_a_function_of_the_text_and_encodes_anything(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "d", num_items=40)
     for name in ("a.json", "b.json"):
-        write_tokenizer(folder, TokenizerConfig(vocabulary_size=320), tmp_path / name)
+        write_tokenizer(
+            folder, PretrainConfig(tokenizer=TokenizerConfig(vocabulary_size=320)), tmp_path / name
+        )
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     words = load_words(tmp_path / "a.json", max_length=12)
     ids = words("Ein 猫 🎬 ﬁlm\x00 " + "garden " * 50)

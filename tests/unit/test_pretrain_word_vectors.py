@@ -1,12 +1,23 @@
+import itertools
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from alignrec import configuration
+from alignrec.data.shards import SampleTable
+from alignrec.errors import UserError
 from alignrec.pretrain import word_vectors as module
-from alignrec.pretrain.config import PretrainConfig, TokenizerConfig
-from alignrec.pretrain.tokenizer import load_words, read_texts, write_tokenizer
+from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.data import split_rows
+from alignrec.pretrain.tokenizer import (
+    load_words,
+    read_texts,
+    read_training_texts,
+    write_tokenizer,
+)
 from alignrec.pretrain.word_vectors import (
     counts_words,
     read_text_head,
@@ -53,25 +64,102 @@ def test_little_text_gives_finite_vectors(texts: list[list[int]]) -> None:
     assert lengths.max() < 2.0
 
 
-def test_every_nth_of_very_many_texts_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = write_dataset(tmp_path / "d", num_items=10, without_text=(3,))
-    write_tokenizer(dataset, TokenizerConfig(vocabulary_size=300), tmp_path / "t.json")
-    words = load_words(tmp_path / "t.json", max_length=40)
+def test_rare_pairs_of_very_many_texts_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So memory and time do not grow with chance; what is in several texts stays."""
+    texts = [*topics(200, 0), [45, 46], [47, 48], [47, 48]]
+    pairs = module._positive_information(module._presence(texts, 49)).nonzero()
+    assert {(45, 46), (47, 48)} <= set(zip(*map(np.ndarray.tolist, pairs), strict=True))
+    monkeypatch.setattr(module, "_MANY_TEXTS", 100)
+    kept = module._positive_information(module._presence(texts, 49)).nonzero()
+    assert (45, 46) not in set(zip(*map(np.ndarray.tolist, kept), strict=True))
+    assert (47, 48) in set(zip(*map(np.ndarray.tolist, kept), strict=True))
+    vectors = word_vectors(texts, vocabulary_size=49, width=16, seed=0)
+    assert vectors[47] @ vectors[48] > 0.9 > abs(vectors[45] @ vectors[46])
+
+
+def test_information_is_that_of_all_pairs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = topics(40, 2)
+    presence = np.zeros((40, 45))
+    for row, text in enumerate(texts):
+        presence[row, text] = 1
+    counts = presence.T @ presence
+    np.fill_diagonal(counts, 0)
+    mass = counts.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = np.log(counts * counts.sum() / np.outer(mass, mass))
+    expected = np.where(counts > 0, np.maximum(expected, 0), 0)
+    for rows_at_once in (7, 256):
+        monkeypatch.setattr(module, "_ROWS_AT_ONCE", rows_at_once)
+        found = module._positive_information(module._presence(texts, 45))
+        np.testing.assert_allclose(found.toarray(), expected, atol=1e-6)
+
+
+def config_of(**settings: Any) -> PretrainConfig:
+    section = {"tokenizer": {"vocabulary_size": 300}, **settings}
+    return configuration.build(PretrainConfig, section, section="pretrain")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words") / "d"
+    return write_dataset(folder, num_items=200, image_size=8, without_text=(3,))
+
+
+def sample(dataset: Path, config: PretrainConfig, most: int) -> list[str]:
+    return list(itertools.chain.from_iterable(read_training_texts(dataset, config, most=most)))
+
+
+def test_training_texts_are_all_but_the_held_out_and_empty_ones(dataset: Path) -> None:
+    config = config_of(valid_fraction=0.2, seed=3)
+    table = SampleTable.read(dataset)
     texts = list(read_texts(dataset))
-    assert list(module._token_ids(dataset, words)) == [words(text) for text in texts]
-    monkeypatch.setattr(module, "_MAX_TEXTS", 4)
-    assert list(module._token_ids(dataset, words)) == [words(text) for text in texts[::3]]
+    train = [texts[item] for item in table.item_index[split_rows(table, config).train]]
+    assert sample(dataset, config, 1000) == [text for text in train if text]
+    assert 145 < len(train) < 175
+
+
+def test_a_part_of_very_many_texts_is_read(dataset: Path) -> None:
+    whole = sample(dataset, config_of(), 1000)
+    some = sample(dataset, config_of(), 50)
+    assert 35 < len(some) < 65
+    assert [text for text in whole if text in set(some)] == some
+    assert sample(dataset, config_of(seed=1), 50) != some
+
+
+def test_held_out_texts_are_in_no_count(dataset: Path, tmp_path: Path) -> None:
+    """The same tokenizer, vectors and shares whatever the held-out items say."""
+    config = config_of(valid_fraction=0.2)
+    split = split_rows(SampleTable.read(dataset), config)
+    texts = list(read_texts(dataset))
+    for row in split.held_out:
+        texts[row] = "quite another thing " * 5
+    other = write_dataset(tmp_path / "other", num_items=200, image_size=8, texts=texts)
+    for name, folder in (("one", dataset), ("two", other)):
+        write_tokenizer(folder, config, tmp_path / f"{name}.json")
+        words = load_words(tmp_path / f"{name}.json", max_length=40)
+        write_word_vectors(folder, words, config, tmp_path / name, width=16)
+    for name in ("json", ""):
+        one, two = (tmp_path / f"{n}.{name}".rstrip(".") for n in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_damaged_item_table_is_named(dataset: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "d")
+    path = folder / "items.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    for read in (read_texts(folder), read_training_texts(folder, config_of(), most=10)):
+        with pytest.raises(UserError, match=r"items\.parquet cannot be read .*data_prep"):
+            next(iter(read))
 
 
 def test_the_text_head_starts_from_token_shares_and_word_vectors(tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path / "d", num_items=30)
-    write_tokenizer(dataset, TokenizerConfig(vocabulary_size=300), tmp_path / "t.json")
+    dataset = write_dataset(tmp_path / "d", num_items=30, without_text=(3,))
+    config = config_of(valid_fraction=0)
+    write_tokenizer(dataset, config, tmp_path / "t.json")
     words = load_words(tmp_path / "t.json", max_length=40)
-    write_word_vectors(dataset, words, tmp_path / "v", width=16, seed=0)
+    write_word_vectors(dataset, words, config, tmp_path / "v", width=16)
     head = read_text_head(tmp_path / "v")
-    tokens = np.concatenate([words(text) for text in read_texts(dataset)])
+    tokens = np.concatenate([words(text) for text in read_texts(dataset) if text])
     counts = np.bincount(tokens, minlength=words.vocabulary_size)
     shares = np.exp(head["mlm_head.bias"].double().numpy())
     assert shares.sum() == pytest.approx(1.0, rel=1e-5)

@@ -408,7 +408,7 @@ def test_a_cache_smaller_than_a_window_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = PretrainConfig()
-    write_tokenizer(dataset, config.tokenizer, tmp_path / "tokenizer.json")
+    write_tokenizer(dataset, config, tmp_path / "tokenizer.json")
     words = load_words(tmp_path / "tokenizer.json", max_length=16)
     most = 3 * max(shard.num_bytes for shard in shards)
     far = ShardsConfig(root=ROOT, cache_folder=tmp_path / "cache", cache_bytes=most)
