@@ -115,18 +115,11 @@ def permutation_key(*parts: int) -> np.uint64:
     return np.uint64(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
-def held_out_rows(
-    item_index: npt.NDArray[np.integer[Any]], *, fraction: float, seed: int
-) -> npt.NDArray[np.bool_]:
-    """Return which items are held out: those whose place is below ``fraction``.
-
-    An item keeps its side when the catalogue grows.
-    """
-    return item_places(item_index, seed=seed) < fraction
-
-
 def item_places(item_index: npt.NDArray[np.integer[Any]], *, seed: int) -> npt.NDArray[np.float64]:
-    """Return a hash of (seed, item_index) between 0 and 1, by which items are sampled."""
+    """Return a hash of (seed, item_index) in [0, 1): items below a limit are a sample.
+
+    An item keeps its place, and so its side of a limit, when the catalogue grows.
+    """
     salt = permutation_key(seed, 2)
     hashed = _mix(_mix(item_index.astype(np.uint64) + salt) + np.uint64(_GOLDEN))
     places: npt.NDArray[np.float64] = (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53

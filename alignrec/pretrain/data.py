@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alignrec.data.loader import ItemReader, Loader, MicroBatch, Plan
-from alignrec.data.order import held_out_rows
+from alignrec.data.order import item_places
 from alignrec.data.shards import SampleTable, ShardReader, open_shards
 from alignrec.errors import UserError
 from alignrec.pretrain.config import LoaderConfig, PretrainConfig
@@ -18,13 +18,23 @@ from alignrec.pretrain.tokenizer import Words
 
 Ints = npt.NDArray[np.int64]
 
+_MAX_JUDGED = 50_000  # the numbers of more would differ in the third digit
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows of the sample table to train on, and rows kept out to judge predictions."""
+    """Which rows of the sample table are for what.
+
+    Attributes:
+        train: to train on.
+        held_out: kept out of training.
+        judged: of these, on which predictions are judged: all of them, or those that come first in
+            the order of a hash.
+    """
 
     train: Ints
     held_out: Ints
+    judged: Ints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +74,9 @@ class TrainingData:
         return self.shards.fetched_ahead(planned, lambda batch: batch.rows)
 
     def held_out_batches(self, rank: int, *, batch_size: int) -> Generator[MicroBatch, None, None]:
-        """Yield this rank's share of the held-out items, as many batches for each rank."""
+        """Yield this rank's share of the judged items, as many batches for each rank."""
         shares = equal_shares(
-            self.split.held_out, batch_size=batch_size, rank=rank, num_ranks=self.plan.num_ranks
+            self.split.judged, batch_size=batch_size, rank=rank, num_ranks=self.plan.num_ranks
         )
         return self.shards.fetched_ahead(shares, lambda batch: batch.rows)
 
@@ -132,8 +142,13 @@ def _check_room(plan: Plan, shards: ShardReader, config: LoaderConfig) -> None:
 
 def split_rows(table: SampleTable, config: PretrainConfig) -> Split:
     """Split by a hash of item_index, so that an item keeps its side when the catalogue grows."""
-    chosen = held_out_rows(table.item_index, fraction=config.valid_fraction, seed=config.seed)
-    split = Split(np.flatnonzero(~chosen), np.flatnonzero(chosen))
+    places = item_places(table.item_index, seed=config.seed)
+    held_out = np.flatnonzero(places < config.valid_fraction)
+    judged = held_out
+    if len(held_out) > _MAX_JUDGED:
+        first = np.argpartition(places[held_out], _MAX_JUDGED)[:_MAX_JUDGED]
+        judged = np.sort(held_out[first])
+    split = Split(np.flatnonzero(places >= config.valid_fraction), held_out, judged)
     if len(split.train) == 0:
         raise UserError(
             f"none of the {len(table)} items is left to train on with "

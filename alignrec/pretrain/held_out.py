@@ -11,32 +11,54 @@ from torch import Tensor
 
 from alignrec.data.loader import MicroBatch
 from alignrec.distributed.process_group import Rank, all_reduce_sum
+from alignrec.distributed.watchdog import Beat, unwatched
 from alignrec.pretrain.data import TrainingData
 from alignrec.pretrain.encoder import patchify, unpatchify
 from alignrec.pretrain.engine import Engine
 from alignrec.pretrain.objective import MaskedBatch, Predictions
 from alignrec.pretrain.targets import PictureTarget
 from alignrec.pretrain.tokenizer import Words
+from alignrec.telemetry import Telemetry
 
 RECONSTRUCTIONS = "reconstructions.npz"
 _NUM_PICTURES = 8
 
 
 @torch.no_grad()
-def judge(engine: Engine, data: TrainingData, rank: Rank, *, batch_size: int) -> dict[str, float]:
+def judge(
+    engine: Engine,
+    data: TrainingData,
+    rank: Rank,
+    *,
+    batch_size: int,
+    telemetry: Telemetry,
+    beat: Beat = unwatched,
+) -> dict[str, float]:
     """Return losses and accuracy on held-out items beside the baselines; empty without any.
 
     Baselines of tokens and pixels are the best constants for these very targets: the most frequent
     token and the tokens' entropy, the mean patch. Those of codes are the target's own (see
     ``constant`` in ``targets.py``). Beating them means that something is read from the context.
+
+    Args:
+        engine: computes.
+        data: gives the items.
+        rank: this rank; all take part.
+        batch_size: items of a rank at once.
+        telemetry: shows the progress.
+        beat: called after each batch.
     """
-    if len(data.split.held_out) == 0:
+    num_items = len(data.split.judged)
+    if num_items == 0:
         return {}
     model = engine.model
     sums = torch.zeros(5, dtype=torch.float64)  # words, patches, text loss, image loss, hits
     words = torch.zeros(model.encoder.architecture.vocabulary_size, dtype=torch.float64)
     pictures: Tensor | None = None
-    with contextlib.closing(data.held_out_batches(rank.index, batch_size=batch_size)) as shares:
+    with (
+        contextlib.closing(data.held_out_batches(rank.index, batch_size=batch_size)) as shares,
+        telemetry.progress(num_items, "held-out items") as progress,
+    ):
         for share in shares:
             batch = data.held_out_batch(share).to(rank.device)
             losses, predictions = engine.forward(batch)
@@ -46,6 +68,8 @@ def judge(engine: Engine, data: TrainingData, rank: Rank, *, batch_size: int) ->
             words += torch.bincount(goals, minlength=len(words)).double().cpu()
             tally = model.target.tally(predictions.patches, predictions.patch_goals).cpu()
             pictures = tally if pictures is None else pictures + tally
+            progress.update(min(batch_size * rank.world_size, num_items - progress.done))
+            beat()
     assert pictures is not None, "every rank has equally many shares, at least one"
     total = all_reduce_sum(torch.cat([sums, words, pictures]).to(rank.device), rank).cpu()
     first, second = len(sums), len(sums) + len(words)

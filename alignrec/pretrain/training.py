@@ -384,7 +384,13 @@ def _finish(trainer: Trainer, draft: artifacts.Draft) -> dict[str, Tensor]:
     """Judge the trained model and return the encoder's weights; every rank takes part."""
     rank, data = trainer.rank, trainer.data
     trainer.engine.use_average()
-    judged = judge(trainer.engine, data, rank, batch_size=data.plan.micro_batch_size)
+    judged = judge(
+        trainer.engine,
+        data,
+        rank,
+        batch_size=data.plan.micro_batch_size,
+        telemetry=trainer.telemetry,
+    )
     for line in verdict(judged):
         trainer.telemetry.say(line)
     draft.facts |= _facts(trainer, judged)

@@ -18,7 +18,7 @@ from alignrec.data import schema
 from alignrec.data.config import ShardsConfig
 from alignrec.data.images import crop_box, decode
 from alignrec.data.loader import NO_ITEM, ItemReader, Loader, MicroBatch, Plan
-from alignrec.data.order import EpochOrder, held_out_rows, permute, unpermute
+from alignrec.data.order import EpochOrder, item_places, permute, unpermute
 from alignrec.data.shards import SampleTable, open_shards
 from alignrec.errors import StageFailure
 from alignrec.testing.datasets import write_dataset
@@ -74,10 +74,12 @@ def test_blocks_stay_in_their_window_so_that_shards_are_read_in_large_pieces() -
 
 
 def test_held_out_share_and_stability() -> None:
-    chosen = held_out_rows(np.arange(10_000), fraction=0.1, seed=3)
-    assert 0.08 < chosen.mean() < 0.12
-    assert np.array_equal(held_out_rows(np.arange(20_000), fraction=0.1, seed=3)[:10_000], chosen)
-    assert not held_out_rows(np.arange(1000), fraction=0.0, seed=3).any()
+    places = item_places(np.arange(10_000), seed=3)
+    for fraction in (0.1, 0.5):
+        assert (places < fraction).mean() == pytest.approx(fraction, abs=0.02)
+    assert places.min() >= 0
+    assert places.max() < 1
+    assert np.array_equal(item_places(np.arange(20_000), seed=3)[:10_000], places)
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 12), (1, 4), (2, 3), (3, 2), (4, 3)])
