@@ -29,6 +29,11 @@ class ExtractionConfig:
         "whitened on its own, so that the half of an absent modality stays zero; all: these two, "
         "the CLS state and, of kind towers, what each tower says by itself, each of length 1",
     )
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32",
+        "number format of the encoder's matrix products; bf16 is faster on GPUs, and a row's "
+        "direction is that of fp32 within a few thousandths",
+    )
     center: bool = option(True, "subtract the column means over all items with content")
     whiten: float = option(
         0.0,
@@ -81,6 +86,13 @@ class FeaturesConfig:
     )
     timeout_seconds: float = option(
         300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False
+    )
+    watchdog_seconds: float | None = option(
+        240.0,
+        "a rank without progress for this long writes its stacks to its log and is named; best "
+        "less than timeout_seconds; null: never",
+        minimum=1,
+        affects_result=False,
     )
 
     def source_identity(self) -> str:

@@ -6,7 +6,9 @@ on the number of ranks; batches that are done are marked, so a killed run goes o
 
 import contextlib
 import dataclasses
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ from alignrec.distributed.process_group import (
     process_group,
     rank_from_environment,
 )
+from alignrec.distributed.watchdog import Beat, Watchdog, unwatched
 from alignrec.errors import StageFailure, UserError
 from alignrec.features import rows
 from alignrec.features.config import ExtractionConfig, FeaturesConfig
@@ -37,6 +40,7 @@ from alignrec.telemetry import Telemetry
 
 _RAW = "raw.npy"
 _HIDE_STREAM = 5  # stream number of the hiding permutation
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between looks at what other ranks have done
 
 
 def run(config: FeaturesConfig, context: Context) -> None:
@@ -49,12 +53,17 @@ def run(config: FeaturesConfig, context: Context) -> None:
             process_group(timeout_seconds=config.timeout_seconds),
             freed_memory_kept(),
             lost_peers_reported(rank, doing="extracting features"),
+            Watchdog(
+                rank, context.log_dir, seconds=config.watchdog_seconds, doing="extracting features"
+            ) as watchdog,
         ):
             if rank.is_first:
                 artifacts.open_draft(context.output, fingerprint=context.fingerprint)
             barrier(rank)
             draft = artifacts.Draft(artifacts.partial_path(context.output))
-            files = None if config.files else _extract(config, context, draft, rank, telemetry)
+            files = None
+            if not config.files:
+                files = _extract(config, context, draft, rank, telemetry, watchdog)
         if rank.is_first:  # the peers do not wait: this may take longer than the timeout
             _write_artifact(files, config, context, draft, telemetry)
 
@@ -107,6 +116,7 @@ def _extract(
     draft: artifacts.Draft,
     rank: Rank,
     telemetry: Telemetry,
+    watchdog: Watchdog,
 ) -> "_WorkFiles":
     """Encode all items, every rank its share."""
     dataset = context.inputs["dataset"]
@@ -118,10 +128,13 @@ def _extract(
     if rank.is_first:
         files.create()
     barrier(rank)
-    worker = _Worker(encoder, mask, config, rank, telemetry)
+    worker = _Worker(encoder, mask, config, rank, telemetry, watchdog.alive)
     near = open_shards(dataset, table, config.shards, num_readers=rank.local_world_size)
     with contextlib.closing(near) as shards:
         worker.encode_range(files, _item_reader(context, encoder, shards), shards, table)
+    watchdog.beat()  # who is behind the others has not come here
+    if rank.world_size > 1:
+        files.wait(seconds=config.timeout_seconds, alive=watchdog.alive)
     barrier(rank)
     return files
 
@@ -181,6 +194,25 @@ class _WorkFiles:
             create_array(spare, np.bool_, (self.num_batches,))
             spare.replace(self.done)
 
+    def wait(self, *, seconds: float, alive: Beat = unwatched) -> None:
+        """Wait for batches of other ranks as long as some come: a slower host is no lost peer.
+
+        Args:
+            seconds: to wait when none comes.
+            alive: called when some came.
+        """
+        pause, last, num_left = _FIRST_PAUSE, time.monotonic(), self.num_left()
+        while num_left and time.monotonic() - last < seconds:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            if (now_left := self.num_left()) < num_left:
+                num_left, last = now_left, time.monotonic()
+                alive()
+
+    def num_left(self) -> int:
+        """Return how many batches are not marked."""
+        return int((~np.load(self.done)).sum())
+
 
 def _item_reader(context: Context, encoder: ContentEncoder, shards: ShardReader) -> ItemReader:
     architecture = encoder.architecture
@@ -204,6 +236,7 @@ class _Worker:
     config: FeaturesConfig
     rank: Rank
     telemetry: Telemetry
+    alive: Beat = unwatched
 
     def encode_range(
         self, files: _WorkFiles, reader: ItemReader, shards: ShardReader, table: SampleTable
@@ -213,20 +246,18 @@ class _Worker:
         mine = range(files.num_batches * index // size, files.num_batches * (index + 1) // size)
         done = np.load(files.done)
         left = [number for number in mine if not done[number]]
-        items, loader = (
-            self.config.batch_size,
-            Loader(reader.read, num_threads=self.config.num_threads),
-        )
-        planned = (
-            MicroBatch(0, np.arange(n * items, min((n + 1) * items, len(table)))) for n in left
-        )
+        loader = Loader(reader.read, num_threads=self.config.num_threads)
+        planned = (MicroBatch(0, np.arange(*self._rows(number, table))) for number in left)
         batches = shards.fetched_ahead(planned, lambda batch: batch.rows)
-        finished = (len(mine) - len(left)) * items
+        total, missing = (
+            sum(end - first for first, end in (self._rows(number, table) for number in numbers))
+            for numbers in (mine, left)
+        )
         with (
             SharedArray.open(files.done) as marks,
             SharedArray.open(files.raw) as raw,
             contextlib.closing(loader.batches(batches)) as stream,
-            self.telemetry.progress(len(mine) * items, "items", done=finished) as progress,
+            self.telemetry.progress(total, "items", done=total - missing) as progress,
         ):
             for number, batch in zip(left, stream, strict=True):
                 _write_rows(raw, batch.item_index, self.encode(batch))
@@ -234,25 +265,38 @@ class _Worker:
                 marks.write(number, np.ones(1, dtype=np.bool_))
                 marks.flush()
                 progress.update(len(batch.item_index))
+                self.alive()
+
+    def _rows(self, number: int, table: SampleTable) -> tuple[int, int]:
+        """Return the first row of a batch and the one after its last, which may be short."""
+        size = self.config.batch_size
+        return number * size, min((number + 1) * size, len(table))
 
     @torch.no_grad()
     def encode(self, batch: ItemBatch) -> npt.NDArray[np.float32]:
         """Return the features of a batch; an item with neither modality gets zeros."""
         seen = self.mask[batch.item_index]
-        device = self.rank.device
-        has_image = torch.from_numpy(batch.has_image & seen[:, 0]).to(device)
-        padding = torch.from_numpy(batch.text_padding | ~seen[:, 1:]).to(device)
-        pooled = self.encoder.features(
-            torch.from_numpy(batch.images).to(device),
-            has_image,
-            torch.from_numpy(batch.tokens).to(device),
-            padding,
-            pooling=self.config.extraction.pooling,
-        )
+        chosen = self.config.extraction
+        is_bf16 = chosen.precision == "bf16"
+        with torch.autocast(self.rank.device.type, torch.bfloat16, enabled=is_bf16):
+            pooled = self.encoder.features(
+                self._near(batch.images),
+                self._near(batch.has_image & seen[:, 0]),
+                self._near(batch.tokens),
+                self._near(batch.text_padding | ~seen[:, 1:]),
+                pooling=chosen.pooling,
+            )
         result: npt.NDArray[np.float32] = pooled.float().cpu().numpy() * seen.any(
             axis=1, keepdims=True
         )
         return result
+
+    def _near(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """Put an array on this rank's device; a GPU copies it while the host goes on."""
+        tensor = torch.from_numpy(array)
+        if self.rank.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.rank.device, non_blocking=True)
 
 
 def _write_rows(
@@ -267,7 +311,7 @@ def _write_final(
     files: _WorkFiles, mask: npt.NDArray[np.bool_], config: FeaturesConfig, folder: Path
 ) -> int:
     """Centre, whiten and scale the raw rows into the artifact; returns the number of columns."""
-    if left := int((~np.load(files.done)).sum()):
+    if left := files.num_left():
         raise StageFailure(
             f"{left} of {files.num_batches} batches of features never reached {files.done}, so "
             f"their rows are missing. Put the output on storage that all hosts share and run the "

@@ -1,13 +1,17 @@
-"""Tiny pretraining runs for tests: an encoder of two layers, and runs that vanish at a step."""
+"""Tiny encoders for tests: of two layers, never trained, or by runs that vanish at a step."""
 
 import contextlib
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from alignrec import artifacts, configuration
 from alignrec.pretrain import STAGE, training
 from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.encoder import save_encoder
 from alignrec.pretrain.masking import MaskSettings
+from alignrec.pretrain.objective import build_model
+from alignrec.pretrain.tokenizer import TOKENIZER, load_words, write_tokenizer
 from alignrec.stage import Context
 
 TINY_ENCODER = {
@@ -30,6 +34,26 @@ TINY_MASKS = MaskSettings(
     special_ids=(0, 1, 2),
     vocabulary_size=50,
 )
+
+
+def write_encoder(folder: Path, dataset: Path) -> Path:
+    """Write the artifact of a TINY_ENCODER that was never trained; returns the folder."""
+    section = {
+        "encoder": {**TINY_ENCODER, "max_text_tokens": 20},
+        "tokenizer": {"vocabulary_size": 320},
+    }
+    config = configuration.build(PretrainConfig, section, section="pretrain")
+    inputs = {"dataset": dataset}
+    mark = STAGE.fingerprint(config, inputs)
+    with artifacts.writing(
+        folder, kind="encoder", fingerprint=mark, config=section, inputs=inputs
+    ) as draft:
+        write_tokenizer(dataset, config, draft.path / TOKENIZER)
+        words = load_words(draft.path / TOKENIZER, max_length=20)
+        architecture = config.encoder.architecture(words.vocabulary_size)
+        encoder = build_model(architecture, config.objective, seed=0).encoder
+        save_encoder(architecture, draft.path, encoder.state_dict())
+    return folder
 
 
 class _VanishedError(Exception):

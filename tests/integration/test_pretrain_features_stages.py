@@ -130,11 +130,25 @@ def extract_raw(dataset: Path, encoder: Path, output: Path) -> None:
     extract(dataset, encoder, output, batch_size=8, extraction=raw)
 
 
+def extract_variants(dataset: Path, encoder: Path, folder: Path) -> None:
+    """Extract as usual, in half precision, and in one batch, so that ranks have nothing to do."""
+    extract_raw(dataset, encoder, folder)
+    raw = {"center": False, "normalise": False}
+    for name, settings in {
+        "bf16": {"batch_size": 8, "extraction": {**raw, "precision": "bf16"}},
+        "one_batch": {"batch_size": 100, "extraction": raw},
+    }.items():
+        extract(dataset, encoder, folder.with_name(f"{folder.name}_{name}"), **settings)
+
+
 def test_rows_do_not_depend_on_the_number_of_ranks(
     dataset: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    extract_raw(dataset, encoder, tmp_path / "one")
-    run_ranks(extract_raw, 3, dataset, encoder, tmp_path / "three")
+    extract_variants(dataset, encoder, tmp_path / "one")
+    run_ranks(extract_variants, 3, dataset, encoder, tmp_path / "three")
+    for name in ("bf16", "one_batch"):
+        one, three = (np.load(tmp_path / f"{n}_{name}" / "features.npy") for n in ("one", "three"))
+        np.testing.assert_allclose(three, one, rtol=0, atol=1e-6)
     one, three = (np.load(tmp_path / n / "features.npy") for n in ("one", "three"))
     assert one.shape == (48, 16)
     shards = [link.resolve() for link in Path("/proc/self/fd").iterdir()]

@@ -9,6 +9,7 @@ import pytest
 from alignrec import artifacts
 from alignrec.data.shared_array import SharedArray, create_array
 from alignrec.distributed.process_group import Rank, rank_from_environment
+from alignrec.distributed.watchdog import Watchdog
 from alignrec.features import extraction
 from alignrec.features.config import FeaturesConfig
 from alignrec.pretrain.encoder import FeaturePart
@@ -47,6 +48,29 @@ def test_marks_are_kept_but_not_those_of_another_batch_size(tmp_path: Path) -> N
     other.create()
     assert np.load(other.done).tolist() == [False] * 4
     assert not files.done.exists()
+
+
+def test_who_is_done_waits_as_long_as_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that is slower than the timeout is no lost peer; one that stands still is."""
+    (tmp_path / artifacts.WORK).mkdir()
+    files = open_files(tmp_path, batch_size=4)
+    files.create()
+    clock, alive = [0.0], []
+
+    def another_batch(_: float) -> None:
+        clock[0] += 8.0
+        left = np.flatnonzero(~np.load(files.done))
+        if len(left) > 1:
+            with SharedArray.open(files.done) as marks:
+                marks.write(int(left[0]), np.ones(1, dtype=np.bool_))
+
+    monkeypatch.setattr(extraction.time, "sleep", another_batch)
+    monkeypatch.setattr(extraction.time, "monotonic", lambda: clock[0])
+    files.wait(seconds=10.0, alive=lambda: alive.append(files.num_left()))
+    assert alive == [4, 3, 2, 1]
+    assert clock == [8.0 * 6]  # two looks without a batch
 
 
 def test_a_kill_between_the_files_starts_again(
@@ -97,5 +121,6 @@ def test_ranks_share_the_look_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             artifacts.Draft(tmp_path / "draft"),
             Rank(local_world_size=3),
             Telemetry(tmp_path, "features", enabled=False),
+            Watchdog(Rank(), tmp_path, seconds=None, doing=""),
         )
     assert told == [3]

@@ -168,6 +168,17 @@ def test_all_features_end_with_what_each_tower_says_by_itself(folder: Path, visi
     assert (own_text[1] == 0).all()
 
 
+@pytest.mark.parametrize("vision", ["vit", "resnet"])
+@torch.no_grad()
+def test_half_precision_gives_nearly_the_same_features(folder: Path, vision: str) -> None:
+    towers, inputs = make_towers(folder, vision=vision, stirred=False), make_inputs()
+    whole = towers.features(**inputs, pooling="all")
+    with torch.autocast("cpu", torch.bfloat16):
+        half = towers.features(**inputs, pooling="all").float()
+    assert not torch.equal(half, whole)
+    assert nn.functional.cosine_similarity(half, whole).min() > 0.999
+
+
 def test_towers_never_draw_from_a_generator(folder: Path) -> None:
     inputs = make_inputs()
     for towers in (Towers(make_towers(folder).architecture), make_towers(folder).train()):
