@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignrec.errors import StageFailure, UserError
-from alignrec.stage import Context, Stage
+from alignrec.stage import Context, Stage, storage_failures
 
 _STDOUT, _STDERR = 1, 2
 
@@ -46,7 +46,8 @@ def run_rank(job: RankJob) -> None:
 
     Raises:
         UserError: as the stage raised it.
-        StageFailure: as the stage raised it, or a RankCrash for everything else.
+        StageFailure: as the stage raised it, for a storage that takes no more, or a RankCrash for
+            everything else.
     """
     index = int(os.environ.get("RANK", "0"))
     log = job.log(index)
@@ -55,7 +56,8 @@ def run_rank(job: RankJob) -> None:
         os.chdir(directory)
     with _output_in(log):
         try:
-            job.stage.load_run()(job.config, job.context)
+            with storage_failures(job.context.output):
+                job.stage.load_run()(job.config, job.context)
         except (UserError, StageFailure) as error:
             traceback.print_exc()
             raise type(error)(str(error)) from None  # without what may not travel between hosts

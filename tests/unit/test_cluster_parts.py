@@ -1,6 +1,8 @@
 """What ranks reserve, which failure is told, lines of a growing log, manifests."""
 
+import contextlib
 import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,11 @@ import yaml
 from alignrec import align, artifacts, export, graph, pretrain
 from alignrec.errors import StageFailure, UserError
 from alignrec.stage import Context, Stage
-from cluster import kubernetes, worker_group
+from cluster import kubernetes, rank, worker_group
 from cluster.config import ClusterConfig
 from cluster.engine import Host, Share, rank_variables, share
 from cluster.log_follower import LogFollower
-from cluster.rank import RankCrash, RankJob
+from cluster.rank import RankCrash, RankJob, run_rank
 from cluster.worker_group import RankDeath, verdict
 
 
@@ -108,6 +110,21 @@ def test_what_a_stage_computes_on_and_talks_through(
 def test_ranks_that_would_wait_for_ever_are_refused(ranks: int, config: ClusterConfig) -> None:
     with pytest.raises(UserError, match=rf"align.num_ranks={ranks} .* would wait for ever"):
         share([Host(2, 0)], ranks, config, stage="align")
+
+
+def test_a_full_disk_is_no_crash_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Stage, "load_run", lambda _: full)
+    monkeypatch.setattr(rank, "_output_in", lambda _: contextlib.nullcontext())
+    context = Context({}, tmp_path / "features", "f", tmp_path / "logs")
+    stage = Stage("features", "features", config="", run="")
+    with pytest.raises(
+        StageFailure, match=r"features cannot be written .*so the stage stopped"
+    ) as e:
+        run_rank(RankJob(stage, None, context, tmp_path / "absent"))
+    assert not isinstance(e.value, RankCrash)
 
 
 def test_ranks_use_their_cores_unless_told_otherwise() -> None:
