@@ -26,7 +26,7 @@ _ROLES = {
     "mask": (MASK, "[MASK]"),
 }
 _ROWS_AT_ONCE = 4096
-# Of this much text the trained tokens are the same but for rare ones; it takes some 40 s at most.
+# Of this much text the trained tokens are the same but for rare ones; 45 s of one core at most.
 _MAX_TEXTS, _MAX_CHARACTERS = 100_000, 2_000
 
 
