@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from alignrec.data.loader import ItemReader, Loader, MicroBatch, Plan
 from alignrec.data.order import item_places
@@ -172,10 +173,17 @@ def mask_settings(config: PretrainConfig, words: Words) -> MaskSettings:
     )
 
 
-def make_loader(data: TrainingData, config: PretrainConfig) -> Loader[MaskedBatch]:
-    """Return the loader of training batches."""
+def make_loader(
+    data: TrainingData, config: PretrainConfig, *, device: torch.device
+) -> Loader[MaskedBatch]:
+    """Return the loader of training batches, on the host; for a GPU in memory that it reads."""
+
+    def make(batch: MicroBatch) -> MaskedBatch:
+        made = data.training_batch(batch)
+        return made.pinned() if device.type == "cuda" else made
+
     return Loader(
-        data.training_batch,
+        make,
         num_threads=config.loader.num_threads,
         prefetch=config.loader.prefetch,
     )

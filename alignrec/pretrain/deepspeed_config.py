@@ -34,7 +34,8 @@ def deepspeed_settings(
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.max_gradient_norm,
+        # ZeRO-0 clips without telling the norm, so the engine does it there
+        "gradient_clipping": config.max_gradient_norm if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
             # allocated whole, so for a small model the default would be 2 GB of nothing

@@ -8,6 +8,7 @@ of ranks or another stage.
 import contextlib
 import datetime
 import logging
+import math
 import os
 import sys
 import warnings
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from alignrec.distributed.process_group import Rank, rank_from_environment
+from alignrec.distributed.watchdog import Beat, unwatched
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.deepspeed_config import deepspeed_settings
 from alignrec.pretrain.objective import MaskedBatch, MaskedModel, Predictions
@@ -32,13 +35,21 @@ _AVERAGE_START = 10.0
 class Engine:
     """A model under DeepSpeed with torch's AdamW."""
 
-    def __init__(self, model: MaskedModel, config: PretrainConfig, rank: Rank) -> None:
+    def __init__(
+        self,
+        model: MaskedModel,
+        config: PretrainConfig,
+        rank: Rank,
+        *,
+        beat: Beat = unwatched,
+    ) -> None:
         """Set DeepSpeed up; collective.
 
         Args:
             model: on the CPU: under ZeRO-3 no device ever holds all of it.
             config: of the stage.
             rank: this rank.
+            beat: is called for each part between two collectives, as often on every rank.
         """
         deepspeed = _import_deepspeed()
         settings = deepspeed_settings(
@@ -46,7 +57,7 @@ class Engine:
             num_ranks=rank.world_size,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
-        self._rank, self._num_ranks = rank.index, rank.world_size
+        self._rank, self._num_ranks, self._device = rank.index, rank.world_size, rank.device
         self._gradient_scale = rank.world_size * settings["gradient_accumulation_steps"]
         self._optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -61,7 +72,11 @@ class Engine:
         )
         if config.precision == "bf16":  # DeepSpeed casts parameters alone
             model.encoder.cast_frozen(torch.bfloat16)
+        self._zero_stage, self._max_norm = config.zero_stage, config.max_gradient_norm
+        self._norm: Tensor | None = None  # of the last step's gradient under ZeRO-0
         self._ema_decay = config.ema_decay
+        self._beat = beat
+        self._beat_along(model)
         self._kept_keys = MOMENTS if config.ema_decay is None else (*MOMENTS, AVERAGE)
         if config.zero_stage == 3:
             _divide(model, settings, rank.device)
@@ -80,13 +95,19 @@ class Engine:
         return module
 
     @property
-    def num_skipped_steps(self) -> int:
-        """Steps that ZeRO 1-3 left out without a word: the gradient's norm was not finite."""
-        return int(self._engine.skipped_steps)
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """Norm of the last step's gradient before it was clipped, alike on all ranks.
+
+        Where it is not finite, ZeRO 1-3 have left the step out without a word, and under ZeRO-0 the
+        parameters are spoilt.
+        """
+        norm = self._norm if self._zero_stage == 0 else self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, device=self._device).reshape(())
 
     def forward(self, batch: MaskedBatch) -> tuple[Tensor, Predictions]:
         """Return the model's loss sums and predictions."""
         result: tuple[Tensor, Predictions] = self._engine(batch)
+        self._beat()
         return result
 
     def backward(self, loss: Tensor) -> None:
@@ -100,6 +121,10 @@ class Engine:
         """End a micro step; at the last one of a step the parameters move."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_share"]
+        if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self._norm = nn.utils.clip_grad_norm_(
+                self.model.parameters(), self._max_norm or math.inf
+            )
         self._engine.step()
 
     def average(self, step: int) -> None:
@@ -197,6 +222,21 @@ class Engine:
     def _keeps_own_state(self, parameter: nn.Parameter) -> bool:
         """Whether DeepSpeed leaves this parameter to the optimizer as it is (ZeRO-0 in fp32)."""
         return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+
+    def _beat_along(self, model: MaskedModel) -> None:
+        """Beat between the collectives of DeepSpeed, which a rank that hangs does not reach.
+
+        Hooks run in the order in which they are made: these before DeepSpeed's own, so that who
+        waits for the peers there has one beat more than who hangs before it.
+        """
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda _: self._beat()
+            )
+        self._optimizer.register_step_post_hook(lambda *_: self._beat())
+        if self._zero_stage == 3:  # it gathers the parameters of each module
+            for module in model.modules():
+                module.register_forward_hook(lambda *_: self._beat())
 
     def _link_optimizer_state(self) -> None:
         """Create AdamW's state, and the weights' average, now and tell DeepSpeed where they lie.

@@ -13,7 +13,9 @@ of RetroMAE, Xiao et al. 2022). ``summary_weight: 0`` is BEiT-3's objective.
 """
 
 import dataclasses
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own spelling
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -44,6 +46,9 @@ class MaskedBatch:
         text_padding: (batch, length) True where no token is.
         masked_text: (batch, length) True where the token is to be predicted.
         masked_patches: (batch, patches) True where the patch is to be predicted.
+        text_places: where ``masked_text`` is True, in the flattened mask; found on the host,
+            because one would have to wait for a GPU to know how many they are.
+        patch_places: where ``masked_patches`` is True, likewise.
     """
 
     item_index: Int64[Tensor, " batch"]
@@ -54,6 +59,8 @@ class MaskedBatch:
     text_padding: Bool[Tensor, "batch length"]
     masked_text: Bool[Tensor, "batch length"]
     masked_patches: Bool[Tensor, "batch patches"]
+    text_places: Int64[Tensor, " masked_tokens"]
+    patch_places: Int64[Tensor, " masked_patches"]
 
     @classmethod
     def of(cls, batch: ItemBatch, masks: Masks) -> "MaskedBatch":
@@ -67,17 +74,33 @@ class MaskedBatch:
             text_padding=torch.from_numpy(batch.text_padding),
             masked_text=torch.from_numpy(masks.text),
             masked_patches=torch.from_numpy(masks.patches),
+            text_places=torch.from_numpy(np.flatnonzero(masks.text)),
+            patch_places=torch.from_numpy(np.flatnonzero(masks.patches)),
         )
 
     def to(self, device: torch.device) -> "MaskedBatch":
-        """Return the batch on a device."""
+        """Return the batch on a device; a copy from pinned memory goes on while others compute."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "MaskedBatch":
+        """Return the batch in memory that a GPU reads by itself."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "MaskedBatch":
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return MaskedBatch(**{name: t.to(device, non_blocking=True) for name, t in fields.items()})
+        return MaskedBatch(**{name: change(tensor) for name, tensor in fields.items()})
+
+    @property
+    def words(self) -> Int64[Tensor, " masked_tokens"]:
+        """The tokens to predict."""
+        return self.targets.flatten()[self.text_places]
 
     def counts(self) -> Float[Tensor, "4"]:
-        """Return over how many positions each of ``LOSSES`` is a sum."""
-        words, patches = self.masked_text.sum(), self.masked_patches.sum()
-        return torch.stack([words, patches, (~self.text_padding).sum(), patches]).double()
+        """Return over how many positions each of ``LOSSES`` is a sum; best asked on the host."""
+        words, patches = len(self.text_places), len(self.patch_places)
+        tokens = int((~self.text_padding).sum())
+        counts = [words, patches, tokens, patches]
+        return torch.tensor(counts, dtype=torch.float64, device=self.text_places.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +133,12 @@ class Summary(nn.Module):
         self.positions = nn.Embedding(num_patches, width)
 
     def forward(
-        self, cls_state: Float[Tensor, "batch width"], masked: Bool[Tensor, "batch patches"]
+        self, cls_state: Float[Tensor, "batch width"], places: Int64[Tensor, " masked_patches"]
     ) -> tuple[Tensor, Tensor]:
-        """Return one vector per item for its words, and one per masked patch."""
+        """Return one vector per item for its words, and one per masked patch (flat places)."""
         state = self.norm(cls_state)
-        item, position = masked.nonzero(as_tuple=True)
-        vision = self.vision(state)[item] + self.positions(position)
+        num_patches = self.positions.num_embeddings
+        vision = self.vision(state)[places // num_patches] + self.positions(places % num_patches)
         return self.text(state), F.gelu(vision)
 
     def reset_parameters(self) -> None:
@@ -169,19 +192,19 @@ class MaskedModel(nn.Module):
             Streams(with_cls, batch.masked_text),  # the heads read nothing else
         )
         predictions = Predictions(
-            self.mlm_head(streams.text[batch.masked_text]).float(),
-            self.mim_head(streams.vision[:, 1:][batch.masked_patches]).float(),
-            self.target.goals(batch.images, batch.masked_patches),
+            self.mlm_head(streams.text.flatten(0, 1)[batch.text_places]).float(),
+            self.mim_head(streams.vision.flatten(0, 1)[self._behind_cls(batch)]).float(),
+            self.target.goals(batch.images, batch.patch_places),
         )
-        words, goals = batch.targets[batch.masked_text], predictions.patch_goals
+        goals = predictions.patch_goals
         sums = [
-            F.cross_entropy(predictions.logits, words, reduction="sum"),
+            F.cross_entropy(predictions.logits, batch.words, reduction="sum"),
             self.target.loss(predictions.patches, goals),
         ]
         if self.summary is None:
             sums += [torch.zeros_like(sums[0])] * 2
         else:
-            for_text, for_patches = self.summary(streams.vision[:, 0], batch.masked_patches)
+            for_text, for_patches = self.summary(streams.vision[:, 0], batch.patch_places)
             log_shares = self.mlm_head(for_text).float().log_softmax(dim=1)  # (batch, vocabulary)
             told = log_shares.gather(1, batch.targets)  # (batch, length)
             sums += [
@@ -189,6 +212,11 @@ class MaskedModel(nn.Module):
                 self.target.loss(self.mim_head(for_patches).float(), goals),
             ]
         return torch.stack(sums), predictions
+
+    def _behind_cls(self, batch: MaskedBatch) -> Int64[Tensor, " masked_patches"]:
+        """Return where masked patches lie among vision states: before each item's is its CLS."""
+        places = batch.patch_places
+        return places + places // batch.masked_patches.shape[1] + 1
 
 
 def build_model(

@@ -53,9 +53,14 @@ class PictureTarget(abc.ABC):
 
     @abc.abstractmethod
     def goals(
-        self, images: UInt8[Tensor, "batch size size 3"], masked: Bool[Tensor, "batch patches"]
+        self, images: UInt8[Tensor, "batch size size 3"], places: Int64[Tensor, " patches"]
     ) -> Tensor:
-        """Return what the head should say of each masked patch: (patches, ...)."""
+        """Return what the head should say of each masked patch: (patches, ...).
+
+        Args:
+            images: pixels.
+            places: of the masked patches among all patches of the batch, ascending.
+        """
 
     @abc.abstractmethod
     def loss(self, predicted: Float[Tensor, "patches head"], goals: Tensor) -> Float[Tensor, ""]:
@@ -115,10 +120,10 @@ class PixelTarget(PictureTarget):
     def goals(
         self,
         images: UInt8[Tensor, "batch size size 3"],
-        masked: Bool[Tensor, "batch patches"],
+        places: Int64[Tensor, " patches"],
     ) -> Float[Tensor, "patches values"]:
         """Return the pixels to predict, -1 .. 1 or normalised per patch."""
-        pixels = patchify(images, self.patch_size)[masked]
+        pixels = patchify(images, self.patch_size).flatten(0, 1)[places]
         if not self.normalise:
             return pixels
         mean, deviation = _moments(pixels)
@@ -224,10 +229,10 @@ class CodebookTarget(_Codes):
     def goals(
         self,
         images: UInt8[Tensor, "batch size size 3"],
-        masked: Bool[Tensor, "batch patches"],
+        places: Int64[Tensor, " patches"],
     ) -> Int64[Tensor, " patches"]:
         """Return the codes of the masked patches."""
-        return self.codebook.codes(cut_patches(images, self.patch_size)[masked])
+        return self.codebook.codes(cut_patches(images, self.patch_size).flatten(0, 1)[places])
 
     def constant(self, shares: Float64[Tensor, " codes"]) -> dict[str, float]:
         """Return the loss of the training sample's shares, the accuracy of its commonest code.
@@ -277,11 +282,15 @@ class VqkdTarget(_Codes):
     def goals(
         self,
         images: UInt8[Tensor, "batch size size 3"],
-        masked: Bool[Tensor, "batch patches"],
+        places: Int64[Tensor, " patches"],
     ) -> Int64[Tensor, " patches"]:
         """Return the codes of the masked patches; pictures without any are not looked at."""
-        wanted = masked.any(dim=1)
-        return self.tokenizer.codes(images[wanted])[masked[wanted]]
+        num_patches = self.tokenizer.patches_per_side**2
+        item = places // num_patches
+        wanted = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        wanted[item] = True
+        row = wanted.cumsum(dim=0) - 1  # among the wanted
+        return self.tokenizer.codes(images[wanted])[row[item], places % num_patches]
 
     def constant(self, shares: Float64[Tensor, " codes"]) -> dict[str, float]:
         """Return the codes' entropy and the share of the most frequent one.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from alignrec import artifacts, checkpoint, configuration
@@ -23,7 +24,7 @@ from alignrec.distributed.process_group import (
     process_group,
     rank_from_environment,
 )
-from alignrec.distributed.watchdog import Watchdog
+from alignrec.distributed.watchdog import Beat, Watchdog, unwatched
 from alignrec.errors import StageFailure
 from alignrec.pretrain.bridges import prepare_bridges, read_bridges
 from alignrec.pretrain.compilation import compile_layers
@@ -99,13 +100,14 @@ def _train(
     words = load_words(draft.path / TOKENIZER, max_length=config.encoder.max_text_tokens)
     opened = open_training_data(context.inputs["dataset"], config, words, num_ranks=rank.world_size)
     with contextlib.closing(opened) as data:
-        trainer = Trainer(config, data, words, rank, telemetry, draft.path)
-        trainer.resume()
-        with Watchdog(
+        watchdog = Watchdog(
             rank, context.log_dir, seconds=config.watchdog_seconds, doing="pretraining"
-        ) as watchdog:
-            trainer.train(watchdog)
-        return trainer, _finish(trainer, draft)
+        )
+        trainer = Trainer(config, data, words, rank, telemetry, draft.path, beat=watchdog.beat)
+        trainer.resume()
+        with watchdog:
+            trainer.train()
+            return trainer, _finish(trainer, draft)
 
 
 def _open_draft(
@@ -162,7 +164,11 @@ def _prepare(
 
 
 class Trainer:
-    """The training loop of one rank with its place in the run."""
+    """The training loop of one rank with its place in the run.
+
+    It beats after each part that does not wait for the peers, as often on every rank: who hangs in
+    one has fewer beats than who waits in the next collective.
+    """
 
     def __init__(
         self,
@@ -172,6 +178,8 @@ class Trainer:
         rank: Rank,
         telemetry: Telemetry,
         folder: Path,
+        *,
+        beat: Beat = unwatched,
     ) -> None:
         self.config = config
         self.data = data
@@ -179,6 +187,7 @@ class Trainer:
         self.rank = rank
         self.telemetry = telemetry
         self.folder = folder
+        self.beat = beat
         self.checkpoints = folder / artifacts.WORK / CHECKPOINTS
         self.step = 0
         self.num_steps = config.epochs * data.plan.steps_per_epoch
@@ -214,7 +223,7 @@ class Trainer:
         if fault := compile_layers(model, config):
             self.telemetry.say(fault)
         self.flops = FlopCounter.of(model)
-        self.engine = Engine(model, config, self.rank)
+        self.engine = Engine(model, config, self.rank, beat=self.beat)
         if found:
             self.engine.load_state(state, self.step)
 
@@ -228,48 +237,63 @@ class Trainer:
             counted[TOKEN_EMBEDDINGS] = read_word_vectors(work / VECTORS)
         return counted
 
-    def train(self, watchdog: Watchdog) -> None:
-        """Do the steps that are left, a beat for each part that does not wait for the peers."""
+    def train(self) -> None:
+        """Do the steps that are left."""
         if self.step >= self.num_steps:
             return
-        plan, size = self.data.plan, self.config.global_batch_size
-        loader = make_loader(self.data, self.config)
+        plan, config = self.data.plan, self.config
+        loader = make_loader(self.data, config, device=self.rank.device)
         planned = self.data.rank_batches(self.step, self.num_steps, self.rank.index)
         with (
             contextlib.closing(loader.batches(planned)) as stream,
             self.telemetry.progress(
-                self.num_steps * size, "samples", done=self.step * size
+                self._items_before(self.num_steps), "samples", done=self._items_before(self.step)
             ) as progress,
         ):
             start, waited = time.monotonic(), loader.wait_seconds
             num_items = num_flops = 0.0
             while self.step < self.num_steps:
-                batches = [next(stream).to(self.rank.device) for _ in range(plan.accumulation)]
-                watchdog.beat()
+                batches = [next(stream) for _ in range(plan.accumulation)]
+                self.beat()
                 values = self.one_step(batches)
-                watchdog.beat()
-                num_items += values.pop("num_items")
+                step_items = values.pop("num_items")
+                num_items += step_items
                 num_flops += values.pop("num_flops", 0.0)
-                progress.update(size, note=f"loss {values['loss']:.3f}")
-                if self.step % self.config.log_steps == 0 or self.step == self.num_steps:
+                progress.update(round(step_items), note=f"loss {values['loss']:.3f}")
+                if self.step % config.log_steps == 0 or self.step == self.num_steps:
                     took = time.monotonic() - start
                     values["samples_per_second"] = num_items / took
-                    values["data_wait_share"] = (loader.wait_seconds - waited) / took
+                    share = (loader.wait_seconds - waited) / took
+                    values["data_wait_share"] = self._largest(share)
                     values |= self.usage(num_flops / took)
                     self.telemetry.log(values, step=self.step)
                     start, waited = time.monotonic(), loader.wait_seconds
                     num_items = num_flops = 0.0
-                if self.step % self.config.checkpoint_steps == 0 or self.step == self.num_steps:
+                if self.step % config.checkpoint_steps == 0 or self.step == self.num_steps:
                     self.save()
             self.samples_per_second = progress.rate
 
+    def _items_before(self, step: int) -> int:
+        """Return how many items the steps before this one read; the last of an epoch is short."""
+        plan = self.data.plan
+        epochs, steps = divmod(step, plan.steps_per_epoch)
+        return epochs * len(plan.rows) + steps * plan.global_batch_size
+
+    def _largest(self, value: float) -> float:
+        """Return the largest of the ranks' values: the slowest rank is what all wait for."""
+        values = torch.tensor(value, dtype=torch.float64, device=self.rank.device)
+        if self.rank.world_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return float(values)
+
     def save(self) -> None:
         """Write a checkpoint that any number of ranks and any ZeRO stage can go on from."""
-        own = {
-            name: tensor.float().cpu()
-            for number, (name, tensor) in enumerate(self.engine.state())
-            if number % self.rank.world_size == self.rank.index
-        }
+        own = {}
+        for number, (name, tensor) in enumerate(self.engine.state()):
+            if number % self.rank.world_size == self.rank.index:
+                own[name] = tensor.float().cpu()
+            self.beat()
+        self._refuse_spoilt(own)
         checkpoint.save(
             self.checkpoints,
             self.step,
@@ -279,6 +303,16 @@ class Trainer:
             keep=self.config.keep_checkpoints,
         )
 
+    def _refuse_spoilt(self, own: dict[str, Tensor]) -> None:
+        """End the run on every rank when some rank's tensors are not finite."""
+        spoilt = sum(not tensor.isfinite().all() for tensor in own.values())
+        self.beat()
+        count = torch.tensor([spoilt], dtype=torch.float64, device=self.rank.device)
+        if num_spoilt := int(all_reduce_sum(count, self.rank)):
+            self._stop(
+                f"{num_spoilt} tensors of weights and moments are not finite after step {self.step}"
+            )
+
     def one_step(self, batches: list[MaskedBatch]) -> dict[str, float]:
         """Move the parameters once by the gradient of the loss over the global batch.
 
@@ -287,53 +321,62 @@ class Trainer:
             counted, ``num_flops``.
         """
         counts = torch.stack([batch.counts() for batch in batches]).sum(dim=0)
-        counts = all_reduce_sum(counts.to(self.rank.device), self.rank).clamp(min=1.0).cpu()
+        counts = all_reduce_sum(counts.to(self.rank.device), self.rank).clamp(min=1.0)
         scale = counts.reciprocal().float()
-        weights = (loss_weights(self.config.objective) * scale).to(self.rank.device)
+        shares = loss_weights(self.config.objective).to(self.rank.device) * scale
         rate = learning_rate(self.config, step=self.step, num_steps=self.num_steps)
-        # the losses of LOSSES, right tokens, right codes, items, FLOPs
-        sums = torch.zeros(len(LOSSES) + 4, dtype=torch.float64, device=self.rank.device)
-        bad_items = torch.full((_ITEMS_NAMED,), -1, dtype=torch.int64)
+        sums = []
         for batch in batches:
-            losses, predictions = self.engine.forward(batch)
-            loss = (losses * weights).sum()
-            self.engine.backward(loss)
+            sums.append(self._micro_step(batch.to(self.rank.device), shares))
             self.engine.step(rate)
-            goals = batch.targets[batch.masked_text]
-            hits = (predictions.logits.argmax(dim=1) == goals).sum()
-            right = self.engine.model.target.hits(predictions.patches, predictions.patch_goals)
-            num_codes = torch.zeros_like(hits) if right is None else right.sum()
-            num_flops = self.flops.step(batch) if self.flops else torch.zeros_like(sums[0])
-            num_items = (batch.item_index >= 0).sum()
-            sums += torch.stack([*losses.detach(), hits, num_codes, num_items, num_flops])
-            if not torch.isfinite(loss) and bad_items[0] < 0:
-                named = batch.item_index[:_ITEMS_NAMED].cpu()
-                bad_items[: len(named)] = named
-        *losses_sums, words, codes, items, flops = all_reduce_sum(sums, self.rank).tolist()
+        self.beat()
+        total = all_reduce_sum(torch.stack(sums).sum(dim=0), self.rank)
+        # the host waits for the device here and, but for DeepSpeed and the model, nowhere else
+        told = torch.cat([total, counts, self.engine.gradient_norm[None]]).tolist()
+        losses, (words, codes, items, flops) = told[:4], told[4:8]
+        counted, norm = told[8:12], told[12]
         self.step += 1
         self.engine.average(self.step)
-        if not math.isfinite(sum(losses_sums)):
+        if not math.isfinite(sum(losses)):
             self._stop(
                 f"the loss is not a number at step {self.step} (among item_index "
-                f"{self._named(bad_items)})"
+                f"{self._named(batches, sums)})"
             )
-        if self.engine.num_skipped_steps:
+        if not math.isfinite(norm):
             self._stop(f"the gradient is not finite at step {self.step}")
-        means = [s * float(f) for s, f in zip(losses_sums, scale, strict=True)]
+        means = [loss / count for loss, count in zip(losses, counted, strict=True)]
+        weights = loss_weights(self.config.objective).tolist()
         is_pixels = self.config.objective.targets == "pixels"
         return {
-            "loss": sum(
-                m * float(w)
-                for m, w in zip(means, loss_weights(self.config.objective), strict=True)
-            ),
+            "loss": sum(m * w for m, w in zip(means, weights, strict=True)),
             **{f"loss/{name}": mean for name, mean in zip(LOSSES, means, strict=True)},
-            "text_accuracy": words / float(counts[0]),
-            **({} if is_pixels else {"image_accuracy": codes / float(counts[1])}),
+            "text_accuracy": words / counted[0],
+            **({} if is_pixels else {"image_accuracy": codes / counted[1]}),
+            "gradient_norm": norm,
             "learning_rate": rate,
             "epoch": self.step / self.data.plan.steps_per_epoch,
             "num_items": items,
             **({"num_flops": flops} if self.flops else {}),
         }
+
+    def _micro_step(self, batch: MaskedBatch, shares: Float[Tensor, "4"]) -> Float64[Tensor, "8"]:
+        """Add the gradient of a micro batch; its predictions are let go before the next one.
+
+        Args:
+            batch: on the device.
+            shares: of each of ``LOSSES`` in the loss, for one of what it is a sum over.
+
+        Returns:
+            The sums of ``LOSSES``, right tokens, right codes, items, FLOPs.
+        """
+        losses, predictions = self.engine.forward(batch)
+        self.engine.backward((losses * shares).sum())
+        hits = (predictions.logits.argmax(dim=1) == batch.words).sum()
+        right = self.engine.model.target.hits(predictions.patches, predictions.patch_goals)
+        num_codes = torch.zeros_like(hits) if right is None else right.sum()
+        num_items = (batch.item_index >= 0).sum()
+        num_flops = self.flops.step(batch) if self.flops else torch.zeros_like(hits)
+        return torch.stack([*losses.detach().double(), hits, num_codes, num_items, num_flops])
 
     def usage(self, flops_per_second: float) -> dict[str, float]:
         """Return what this rank has of its device; see ``usage.usage``."""
@@ -344,11 +387,16 @@ class Trainer:
             num_ranks=self.rank.world_size,
         )
 
-    def _named(self, bad_items: Tensor) -> str:
-        """Return the items of all ranks in a row."""
-        lists = [bad_items.clone().to(self.rank.device) for _ in range(self.rank.world_size)]
+    def _named(self, batches: list[MaskedBatch], sums: list[Tensor]) -> str:
+        """Return items of the first micro batch of each rank whose loss is not a number."""
+        own = torch.full((_ITEMS_NAMED,), -1, dtype=torch.int64, device=self.rank.device)
+        bad = (b for b, s in zip(batches, sums, strict=True) if not s.isfinite().all())
+        if (batch := next(bad, None)) is not None:
+            first = batch.item_index[:_ITEMS_NAMED]
+            own[: len(first)] = first.to(own)
+        lists = [own.clone() for _ in range(self.rank.world_size)]
         if self.rank.world_size > 1:
-            dist.all_gather(lists, lists[self.rank.index])
+            dist.all_gather(lists, own)
         items = sorted({int(i) for part in lists for i in part.tolist() if i >= 0})
         return ", ".join(map(str, items))
 
@@ -390,11 +438,13 @@ def _finish(trainer: Trainer, draft: artifacts.Draft) -> dict[str, Tensor]:
         rank,
         batch_size=data.plan.micro_batch_size,
         telemetry=trainer.telemetry,
+        beat=trainer.beat,
     )
     for line in verdict(judged):
         trainer.telemetry.say(line)
     draft.facts |= _facts(trainer, judged)
     write_reconstructions(trainer.engine, data, trainer.words, rank, draft.path)
+    trainer.beat()
     trained = {name: tensor.cpu() for name, tensor in _kept(trainer.engine, rank)}
     frozen = trainer.engine.model.encoder.frozen_state() if rank.is_first else {}
     # as they were given: the model's own are rounded under bf16

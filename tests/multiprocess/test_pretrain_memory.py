@@ -153,6 +153,8 @@ def make_batch(architecture: Architecture, size: int) -> MaskedBatch:
         text_padding=torch.zeros(size, LENGTH, dtype=torch.bool),
         masked_text=masked_text,
         masked_patches=masked_patches,
+        text_places=masked_text.flatten().nonzero().squeeze(1),
+        patch_places=masked_patches.flatten().nonzero().squeeze(1),
     )
 
 

@@ -219,20 +219,31 @@ def lose_a_peer(dataset: Path, output: Path) -> str:
     return str(failure.value)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(dataset: Path, tmp_path: Path) -> None:
+def test_what_is_not_finite_stops_the_run_and_is_not_kept(dataset: Path, tmp_path: Path) -> None:
     run_ranks(overflow, 2, dataset, tmp_path)
+    assert len(list(tmp_path.glob("*.partial"))) == 9
+    assert not list(tmp_path.glob("*.partial/work/checkpoints/*"))
 
 
 def overflow(dataset: Path, folder: Path) -> None:
     original = training.Engine.backward
-    group = process_group(timeout_seconds=60)
-    with group, deepspeed_group(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            training.Engine, "backward", lambda self, loss: original(self, loss * math.inf)
-        )
-        for stage in (1, 2, 3):
-            with pytest.raises(StageFailure, match=r"gradient is not finite at step 1, .*afresh"):
-                pretrain(dataset, folder / f"stage_{stage}", zero_stage=stage)
+    every_step = {"checkpoint_steps": 1}
+    with process_group(timeout_seconds=60), deepspeed_group():
+        for stage in (0, 2):  # decayed to minus infinity by a finite gradient
+            settings = {"zero_stage": stage, "learning_rate": 1e38, "weight_decay": 1e38}
+            with pytest.raises(StageFailure, match=r"\d+ tensors of .* not finite after step 1, "):
+                pretrain(dataset, folder / f"decayed_{stage}", **settings, **every_step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                training.Engine, "backward", lambda self, loss: original(self, loss * math.inf)
+            )
+            cases = [("bf16", 1), ("bf16", 2), ("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3)]
+            for precision, stage in cases:
+                settings = {"zero_stage": stage, "precision": precision, **every_step}
+                with pytest.raises(StageFailure, match=r"gradient is not finite at step 1, .*resh"):
+                    pretrain(dataset, folder / f"{precision}_{stage}", **settings)
+            with pytest.raises(StageFailure, match="gradient is not finite at step 1"):
+                pretrain(dataset, folder / "unclipped", zero_stage=0, max_gradient_norm=0.0)
 
 
 def test_a_run_that_only_had_to_be_published_has_no_speed(dataset: Path, tmp_path: Path) -> None:

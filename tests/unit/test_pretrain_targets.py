@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignrec import configuration
 from alignrec.data.loader import NO_ITEM, ItemBatch
@@ -160,10 +161,10 @@ def test_goals_are_the_codes_of_the_masked_patches_alone() -> None:
     codebook, tokenizer = make_codebook(), make_tokenizer()
     patches = cut_patches(batch.images, 4)
     expected = codebook.codes(patches.flatten(0, 1)).view(6, 16)[batch.masked_patches]
-    goals = CodebookTarget(codebook, 4).goals(batch.images, batch.masked_patches)
+    goals = CodebookTarget(codebook, 4).goals(batch.images, batch.patch_places)
     assert torch.equal(goals, expected)
     expected = tokenizer.codes(batch.images)[batch.masked_patches]
-    goals = VqkdTarget(tokenizer).goals(batch.images, batch.masked_patches)
+    goals = VqkdTarget(tokenizer).goals(batch.images, batch.patch_places)
     assert torch.equal(goals, expected)
 
 
@@ -299,3 +300,35 @@ def test_the_plan_counts_the_head_of_codes_and_the_codebook(tmp_path: Path) -> N
     assert plans["pixels"].memory[2].targets == 0
     assert plans["codebook"].memory[2].targets > codes * 48
     assert plans["codebook"].memory[2].peak > plans["codebook"].memory[2].targets
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: numbers read, and sizes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        indices = args[1] if function is torch.ops.aten.index.Tensor else []
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
+        names = ("_local_scalar_dense", "nonzero", "masked_select")
+        if by_mask or function.overloadpacket.__name__ in names:
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["pixels", "normalised", "codebook"])
+def test_heads_targets_and_losses_do_not_wait_for_the_device(name: str) -> None:
+    model, batch = make_model(name), mask(make_items())
+    states = model.encoder(batch.images, batch.has_image, batch.tokens, batch.text_padding)
+    model.encoder.forward = lambda *_: states
+    with _Waits() as waits:
+        losses, _ = model(batch)
+        losses.sum().backward()
+    assert waits.found == []
+    with _Waits() as waits:
+        batch.targets[batch.masked_text].sum().item()
+    assert len(waits.found) == 2

@@ -59,6 +59,8 @@ def make_batch(num_patches: int) -> MaskedBatch:
         text_padding=torch.zeros(ITEMS, LENGTH, dtype=torch.bool),
         masked_text=masked_text,
         masked_patches=masked_patches,
+        text_places=masked_text.flatten().nonzero().squeeze(1),
+        patch_places=masked_patches.flatten().nonzero().squeeze(1),
     )
 
 

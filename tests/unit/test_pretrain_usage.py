@@ -34,9 +34,9 @@ def make_batch(*, pictures: list[bool], lengths: list[int]) -> MaskedBatch:
     masked_patches[:, :3] = has_image[:, None]
     images = torch.full((count, SIDE, SIDE, 3), 9, dtype=torch.uint8)
     item_index = torch.arange(count)
-    return MaskedBatch(
-        item_index, images, has_image, tokens, tokens, padding, masked_text, masked_patches
-    )
+    masks = (masked_text, masked_patches)
+    places = (mask.flatten().nonzero().squeeze(1) for mask in masks)
+    return MaskedBatch(item_index, images, has_image, tokens, tokens, padding, *masks, *places)
 
 
 @pytest.mark.parametrize("summary_weight", [0.0, 1.0])
