@@ -12,6 +12,11 @@ _EMBEDDINGS = (
     "encoder.text_embed.",
     "encoder.vision_embed.",
     "encoder.encoder.embed_positions.",
+    # of a fusion over towers: what its first layer reads
+    "encoder.vision_bridge.",
+    "encoder.text_bridge.",
+    "encoder.cls_token",
+    "encoder.mask_token",
 )
 
 
@@ -25,7 +30,7 @@ def parameter_groups(
         weight_decay: of matrices.
         layer_decay: ``rate_share`` of a group is layer_decay ** (layers above it): 1 for the heads
             and the last LayerNorm, least for the embeddings (Clark et al. 2020, as BEiT does).
-            Towers lie below all layers.
+            Towers and their bridges lie below all layers.
         tower_rate: what ``rate_share`` of towers is multiplied with.
     """
     num_layers = 1 + max((depth_of(name) or 0 for name, _ in model.named_parameters()), default=0)

@@ -89,6 +89,8 @@ def test_depth_counts_from_the_input() -> None:
     assert depth_of("encoder.encoder.layers.11.ffn.A.fc1.bias") == 12
     assert depth_of("encoder.encoder.layer_norm.A.bias") is None
     assert depth_of("mim_head.bias") is None
+    for name in ("vision_bridge.proj.weight", "text_bridge.norm.bias", "cls_token", "mask_token"):
+        assert depth_of(f"encoder.{name}") == 0  # what the fusion's first layer reads
 
 
 def test_recomputed_layers_give_equal_gradients() -> None:
