@@ -94,6 +94,11 @@ class EncoderConfig:
                 f"Leave one of the two out."
             )
 
+    @property
+    def num_patches(self) -> int:
+        """Patches of a picture."""
+        return (self.image_size // self.patch_size) ** 2
+
     def architecture(self, vocabulary_size: int) -> Architecture:
         """Return the resolved shapes.
 
@@ -197,7 +202,8 @@ class ObjectiveConfig:
         """Refuse settings of another target.
 
         Raises:
-            UserError: a setting that has no effect on these targets, or no tokenizer for vqkd.
+            UserError: a setting that has no effect on these targets, no tokenizer for vqkd, or
+                nothing to predict.
         """
         owners = {
             "normalise_patches": "pixels",
@@ -212,6 +218,13 @@ class ObjectiveConfig:
                     f"pretrain.objective.{name}={value} has no effect on pretrain.objective."
                     f"targets={self.targets}. Leave it out, or set targets to {owner}."
                 )
+        texts = self.paired_text_ratio or self.alone_text_ratio
+        if not (self.summary_weight or texts or self.patch_ratio * self.image_weight):
+            raise UserError(
+                "pretrain.objective masks no tokens and no patches that count, and has no summary, "
+                "so the loss would be 0 and nothing be learned. Set paired_text_ratio, "
+                "alone_text_ratio, patch_ratio with image_weight, or summary_weight above 0."
+            )
         if self.targets == "vqkd" and self.vqkd is None:
             raise UserError(
                 "pretrain.objective.targets=vqkd needs BEiT v2's tokenizer. Set pretrain.objective."
@@ -320,7 +333,8 @@ class PretrainConfig:
     global_batch_size: int = option(64, "items in one optimizer step, over all ranks", minimum=1)
     micro_batch_size: int | None = option(
         None,
-        "items of one rank in one forward pass; without one, the rank's whole share",
+        "items of one rank in one forward pass, at most; without one, a rank's whole share when "
+        "the run first started",
         minimum=1,
         affects_result=False,
     )
@@ -397,9 +411,10 @@ class PretrainConfig:
         """Refuse settings that contradict each other, and take the text tower's tokenizer.
 
         Raises:
-            UserError: given token embeddings for a tokenizer that is trained here, or first
-                vectors for embeddings that a tower has.
+            UserError: given token embeddings for a tokenizer that is trained here, or so few
+                patches that none would be masked.
         """
+        self._refuse_few_patches()
         if self.encoder.kind == "towers":
             self._take_tower_tokenizer()
         if self.initial.checkpoint is not None and self.tokenizer.path is None:
@@ -407,6 +422,16 @@ class PretrainConfig:
                 f"pretrain.initial.checkpoint={self.initial.checkpoint} holds embeddings of its "
                 f"own tokens, but the tokenizer would be trained on the catalogue. Set "
                 f"pretrain.tokenizer.path to the checkpoint's tokenizer (beit3.spm for BEiT-3)."
+            )
+
+    def _refuse_few_patches(self) -> None:
+        count, ratio = self.encoder.num_patches, self.objective.patch_ratio
+        if ratio and round(ratio * count) == 0:
+            raise UserError(
+                f"pretrain.objective.patch_ratio={ratio} of the {count} patches of a picture "
+                f"(image_size={self.encoder.image_size}, patch_size={self.encoder.patch_size}) is "
+                f"none, so no patch would ever be predicted. Lower pretrain.encoder.patch_size, "
+                f"raise patch_ratio, or set it to 0."
             )
 
     def _take_tower_tokenizer(self) -> None:
@@ -429,20 +454,23 @@ class PretrainConfig:
     def split_batch(self, num_ranks: int) -> tuple[int, int]:
         """Return (micro batch size, accumulation) for this number of ranks.
 
+        As few passes as ``micro_batch_size`` allows, as even as they can be. Where the global batch
+        is not their product with the ranks, the last ones are shorter, or empty on some ranks.
+
         Raises:
-            UserError: global batch != micro batch x accumulation x ranks.
+            UserError: more ranks, or a larger micro batch, than the global batch has items.
         """
-        share, rest = divmod(self.global_batch_size, num_ranks)
-        micro = self.micro_batch_size or max(share, 1)
-        accumulation, over = divmod(share, micro)
-        if rest or over or accumulation == 0:
+        size, most = self.global_batch_size, self.micro_batch_size or self.global_batch_size
+        if num_ranks > size or most > size:
+            fault = f"{num_ranks} ranks" if num_ranks > size else f"micro_batch_size={most}"
             raise UserError(
-                f"pretrain.global_batch_size={self.global_batch_size} is not "
-                f"micro_batch_size={micro} x accumulation={max(accumulation, 1)} x "
-                f"ranks={num_ranks}, so a step would not be what was asked for. Make the global "
-                f"batch a multiple of {micro * num_ranks} or change micro_batch_size."
+                f"pretrain.global_batch_size={size} is less than {fault}, so some ranks would "
+                f"have nothing to do. Raise it, or lower num_ranks or micro_batch_size to at most "
+                f"{size}."
             )
-        return micro, accumulation
+        share = -(-size // num_ranks)
+        accumulation = -(-share // most)
+        return -(-share // accumulation), accumulation
 
 
 def _content(path: Path) -> dict[str, str]:

@@ -92,20 +92,10 @@ def open_training_data(
     """
     table = SampleTable.read(dataset)
     split = split_rows(table, config)
-    micro, accumulation = config.split_batch(num_ranks)
     shards = open_shards(dataset, table, config.loader.shards)
     size = config.encoder.image_size
-    plan = Plan(
-        rows=split.train,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        micro_batch_size=micro,
-        num_ranks=num_ranks,
-        accumulation=accumulation,
-        block_size=config.loader.block_size,
-        window_size=config.loader.window_size,
-    )
-    _check_room(plan, shards, config.loader)
+    plan = make_plan(split, config, num_ranks=num_ranks)
+    check_room(plan, shards, config.loader)
     return TrainingData(
         plan=plan,
         split=split,
@@ -122,8 +112,36 @@ def open_training_data(
     )
 
 
-def _check_room(plan: Plan, shards: ShardReader, config: LoaderConfig) -> None:
-    """Refuse a cache that cannot hold what is shuffled together: it would fetch for every item."""
+def make_plan(split: Split, config: PretrainConfig, *, num_ranks: int) -> Plan:
+    """Return which samples each rank reads at each step."""
+    micro, accumulation = config.split_batch(num_ranks)
+    return Plan(
+        rows=split.train,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=micro,
+        num_ranks=num_ranks,
+        accumulation=accumulation,
+        block_size=config.loader.block_size,
+        window_size=config.loader.window_size,
+    )
+
+
+def describe_batch(plan: Plan) -> str:
+    """Return how a global batch is split, for a person."""
+    split = f"{plan.micro_batch_size} x {plan.accumulation} x {plan.num_ranks} ranks"
+    product = plan.micro_batch_size * plan.accumulation * plan.num_ranks
+    if product == plan.global_batch_size:
+        return f"{product} = {split}"
+    return f"{plan.global_batch_size} in at most {split} = {product}"
+
+
+def check_room(plan: Plan, shards: ShardReader, config: LoaderConfig) -> None:
+    """Refuse a cache that cannot hold what is shuffled together: it would fetch for every item.
+
+    Raises:
+        UserError: far-away shards have too small a cache.
+    """
     if config.shards.root is None:
         return
     order, size = plan.order(epoch=0), plan.window_size

@@ -20,7 +20,7 @@ def deepspeed_settings(
     optimizer, because DeepSpeed's own CPU Adam is compiled when it is first used.
 
     Raises:
-        UserError: the global batch cannot be split over the ranks, bf16 without ZeRO, or something
+        UserError: the global batch is too small for the ranks, bf16 without ZeRO, or something
             offloaded that this ZeRO stage does not take apart.
     """
     _refuse_offload(config)
@@ -31,7 +31,8 @@ def deepspeed_settings(
         )
     micro, accumulation = config.split_batch(num_ranks)
     settings: dict[str, Any] = {
-        "train_batch_size": config.global_batch_size,
+        # its product is checked; a smaller global batch leaves some micro batches shorter
+        "train_batch_size": micro * accumulation * num_ranks,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         # ZeRO-0 clips without telling the norm, so the engine does it there

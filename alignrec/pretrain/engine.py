@@ -343,7 +343,11 @@ def _import_deepspeed() -> Any:  # noqa: ANN401 - a module without types
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.runtime import bf16_optimizer
 
+    # it prints a dozen lines of memory where bf16 meets ZeRO-1, whatever the settings say
+    # (deepspeed 0.19.8, runtime/bf16_optimizer.py)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed would compile a shared-memory all-reduce for CPU ranks of one host on first use
     # (40 s, needs a compiler); its segments outlive a SIGKILL and its waiting ranks spin.

@@ -13,6 +13,7 @@ SENTENCEPIECE_SUFFIXES = (".spm", ".model")
 _FAIRSEQ_WORDS = ("<s>", "<pad>", "</s>", "<unk>")
 _OWN_WORDS = ("<unk>", "<s>", "</s>")
 _MASK = "<mask>"
+_SETTINGS = "pretrain.tokenizer.path, or pretrain.encoder.text where that names the tokenizer"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type of sentencepiece_model.proto
 
 
@@ -107,15 +108,13 @@ def _read_transformers(source: str) -> Tokenizer:
     except Exception as error:  # OSError, ValueError, ImportError, and the hub's own
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"pretrain.tokenizer.path={source} is no file, and transformers finds no tokenizer of "
-            f"that name ({reason}). Correct it; on a host without network give a folder with "
-            f"tokenizer.json."
+            f"{source} is no file, and transformers finds no tokenizer of that name ({reason}). "
+            f"Correct {_SETTINGS}; on a host without network give a folder with tokenizer.json."
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(
-            f"pretrain.tokenizer.path={source} is a tokenizer in plain Python "
-            f"({type(tokenizer).__name__}), which cannot be kept as tokenizer.json. Use one that "
-            f"has a tokenizer.json."
+            f"{source} is a tokenizer in plain Python ({type(tokenizer).__name__}), which cannot "
+            f"be kept as tokenizer.json. Give one that has a tokenizer.json as {_SETTINGS}."
         )
     return backend

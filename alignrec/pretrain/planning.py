@@ -10,24 +10,26 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from alignrec import artifacts, configuration, stage
-from alignrec.data.shards import SampleTable
+from alignrec.data.shard_file import LocalShards, shard_files
+from alignrec.data.shards import SampleTable, ShardReader
 from alignrec.pretrain import STAGE
 from alignrec.pretrain.architecture import Architecture
-from alignrec.pretrain.config import PretrainConfig
-from alignrec.pretrain.data import split_rows
+from alignrec.pretrain.config import EncoderConfig, PretrainConfig
+from alignrec.pretrain.data import check_room, describe_batch, make_plan, split_rows
 from alignrec.pretrain.deepspeed_config import OFFLOAD_STAGES, deepspeed_settings
 from alignrec.pretrain.given_tokenizer import read_given
-from alignrec.pretrain.initial import TOKEN_EMBEDDINGS, read_tensors, rename
+from alignrec.pretrain.initial import TOKEN_EMBEDDINGS, fit, read_tensors, rename
 from alignrec.pretrain.memory import Memory, TargetSize, memory_per_rank
 from alignrec.pretrain.objective import MaskedModel
 from alignrec.pretrain.target_files import planned_target
 from alignrec.pretrain.targets import PictureTarget
 from alignrec.pretrain.tokenizer import Words, as_words, read_texts, train
+from alignrec.pretrain.tower_models import Modality, read_weights
 
 ZERO_STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 _MAX_TEXTS = 5_000  # more would not change the mean length of a text
@@ -46,6 +48,7 @@ class RunPlan:
         num_held_out: kept out to judge predictions.
         micro_batch_size: items of a rank in one forward pass.
         accumulation: forward passes of a rank in one step.
+        batch: how a global batch is split, in words.
         steps_per_epoch: optimizer steps.
         num_steps: of the whole run.
         text_tokens_per_epoch: from the mean length of ``num_texts_read`` texts.
@@ -61,6 +64,7 @@ class RunPlan:
     num_held_out: int
     micro_batch_size: int
     accumulation: int
+    batch: str
     steps_per_epoch: int
     num_steps: int
     text_tokens_per_epoch: int
@@ -100,16 +104,18 @@ def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
     Raises:
         UserError: the configuration contradicts itself or the dataset.
     """
-    texts = list(itertools.islice(filter(None, read_texts(dataset)), _MAX_TEXTS))
-    words = _words(config, texts)
-    architecture = config.encoder.architecture(_vocabulary_size(config, words))
     deepspeed_settings(config, num_ranks=config.num_ranks)  # tells what contradicts itself
-    micro, accumulation = config.split_batch(config.num_ranks)
     table = SampleTable.read(dataset)
     split = split_rows(table, config)
-    steps = -(-len(split.train) // config.global_batch_size)
-    all_steps = config.epochs * steps
+    batches = make_plan(split, config, num_ranks=config.num_ranks)
+    shards = shard_files(dataset, table.shard_names)
+    check_room(batches, ShardReader(table, shards, LocalShards(dataset)), config.loader)
+    texts = list(itertools.islice(filter(None, read_texts(dataset)), _MAX_TEXTS))
+    words = _words(config, texts)
+    architecture = config.encoder.architecture(words.vocabulary_size)
     target = planned_target(config, architecture, table)
+    architecture = _fitted(architecture, config, target)
+    micro, all_steps = batches.micro_batch_size, config.epochs * batches.steps_per_epoch
     with torch.device("meta"):
         model = MaskedModel(architecture, config.objective, target)
     sizes = [parameter.numel() for parameter in model.parameters()]
@@ -122,8 +128,9 @@ def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
         num_items=len(split.train),
         num_held_out=len(split.held_out),
         micro_batch_size=micro,
-        accumulation=accumulation,
-        steps_per_epoch=steps,
+        accumulation=batches.accumulation,
+        batch=describe_batch(batches),
+        steps_per_epoch=batches.steps_per_epoch,
         num_steps=min(all_steps, config.max_steps or all_steps),
         text_tokens_per_epoch=round(mean_length * len(split.train)),
         patches_per_epoch=architecture.num_patches * len(split.train),
@@ -174,9 +181,7 @@ def describe(found: RunPlan, config: PretrainConfig) -> str:
         f"{found.num_parameters / 1e6:.2f} M",
         f"{found.num_items:,} items an epoch ({found.num_held_out:,} held out), about "
         f"{found.text_tokens_per_epoch:,} tokens of text and {found.patches_per_epoch:,} patches",
-        f"{found.num_steps:,} steps ({found.steps_per_epoch:,} an epoch) of "
-        f"{config.global_batch_size} = {found.micro_batch_size} x {found.accumulation} x "
-        f"{found.num_ranks} ranks",
+        f"{found.num_steps:,} steps ({found.steps_per_epoch:,} an epoch) of {found.batch}",
         f"memory of a rank in MiB, {config.precision} (Python and torch take about 400 more)",
         "ZeRO  parameters   master  moments  gradients   bucket  activations     peak  of it host",
     ]
@@ -204,9 +209,28 @@ def _words(config: PretrainConfig, texts: list[str]) -> Words:
     return as_words(tokenizer, max_length=config.encoder.max_text_tokens, source=str(given))
 
 
-def _vocabulary_size(config: PretrainConfig, words: Words) -> int:
+def _fitted(
+    architecture: Architecture, config: PretrainConfig, target: PictureTarget
+) -> Architecture:
+    """Return the architecture with as many token embeddings as the given weights have.
+
+    Raises:
+        UserError: weights to start from cannot be read or do not fit.
+    """
     checkpoint = config.initial.checkpoint
     if checkpoint is None:
-        return words.vocabulary_size
-    tensors: dict[str, Any] = rename(read_tensors(checkpoint))
-    return len(tensors.get(TOKEN_EMBEDDINGS, range(words.vocabulary_size)))
+        _check_towers(config.encoder)
+        return architecture
+    found = fit(
+        rename(read_tensors(checkpoint)), config, architecture, source=checkpoint, picture=target
+    )
+    rows = len(found.tensors.get(TOKEN_EMBEDDINGS, range(architecture.vocabulary_size)))
+    return dataclasses.replace(architecture, vocabulary_size=rows)
+
+
+def _check_towers(encoder: EncoderConfig) -> None:
+    """Read the weights of towers in folders; those of a hub are not fetched for a plan."""
+    sources: dict[Modality, str | None] = {"vision": encoder.vision, "text": encoder.text}
+    for modality, source in sources.items():
+        if source is not None and Path(source).is_dir():
+            read_weights(source, modality)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import shutil
 import time
@@ -29,7 +30,12 @@ from alignrec.errors import StageFailure
 from alignrec.pretrain.bridges import prepare_bridges, read_bridges
 from alignrec.pretrain.compilation import compile_layers
 from alignrec.pretrain.config import PretrainConfig
-from alignrec.pretrain.data import TrainingData, make_loader, open_training_data
+from alignrec.pretrain.data import (
+    TrainingData,
+    describe_batch,
+    make_loader,
+    open_training_data,
+)
 from alignrec.pretrain.encoder import (
     ARCHITECTURE,
     load_weights,
@@ -69,6 +75,7 @@ from alignrec.stage import Context
 from alignrec.telemetry import HISTORY, Telemetry
 
 CHECKPOINTS = "checkpoints"
+FIRST_START = "first_start.json"
 _ITEMS_NAMED = 8
 
 
@@ -84,9 +91,10 @@ def run(config: PretrainConfig, context: Context) -> None:
         ):
             config.split_batch(rank.world_size)  # a mistake here is told before anything is written
             draft = _open_draft(config, context, rank, telemetry)
-            trainer, weights = _train(config, context, draft, rank, telemetry)
+            bounded = _within_first_start(config, draft.work)
+            trainer, weights = _train(bounded, context, draft, rank, telemetry)
         if rank.is_first:  # the peers do not wait: checksums may take longer than the timeout
-            _publish(trainer, weights, draft, context)
+            _publish(trainer, weights, draft, context, config)
 
 
 def _train(
@@ -120,6 +128,17 @@ def _open_draft(
     return artifacts.Draft(artifacts.partial_path(context.output))
 
 
+def _within_first_start(config: PretrainConfig, work: Path) -> PretrainConfig:
+    """Return settings under which no micro batch is larger than when the run first started.
+
+    So a run that goes on with fewer ranks needs no more memory for activations on each.
+    """
+    if config.micro_batch_size is not None:
+        return config
+    most = json.loads((work / FIRST_START).read_text(encoding="utf-8"))["micro_batch_size"]
+    return dataclasses.replace(config, micro_batch_size=most)
+
+
 def _prepare(
     config: PretrainConfig,
     dataset: Path,
@@ -128,6 +147,9 @@ def _prepare(
     telemetry: Telemetry,
 ) -> None:
     """Write what all ranks start from, unless a killed run has left it."""
+    if not (draft.work / FIRST_START).exists():
+        micro, _ = config.split_batch(rank.world_size)
+        artifacts.write_json(draft.work / FIRST_START, {"micro_batch_size": micro})
     if not (draft.path / TOKENIZER).exists():
         written = draft.work / TOKENIZER
         write_tokenizer(dataset, config, written)
@@ -414,8 +436,7 @@ class Trainer:
         self.telemetry.say(
             f"{count / 1e6:.2f} M parameters{beside}, {len(plan.rows):,} items "
             f"({len(self.data.split.held_out):,} held out), {self.num_steps:,} steps of "
-            f"{config.global_batch_size} = {plan.micro_batch_size} x {plan.accumulation} x "
-            f"{plan.num_ranks} ranks, ZeRO-{config.zero_stage}, {config.precision}"
+            f"{describe_batch(plan)}, ZeRO-{config.zero_stage}, {config.precision}"
             + (f"; resumed after step {self.step}" if resumed else "")
         )
 
@@ -453,7 +474,11 @@ def _finish(trainer: Trainer, draft: artifacts.Draft) -> dict[str, Tensor]:
 
 
 def _publish(
-    trainer: Trainer, weights: dict[str, Tensor], draft: artifacts.Draft, context: Context
+    trainer: Trainer,
+    weights: dict[str, Tensor],
+    draft: artifacts.Draft,
+    context: Context,
+    config: PretrainConfig,
 ) -> None:
     """Write the artifact (rank 0 calls it)."""
     save_encoder(trainer.engine.model.encoder.architecture, draft.path, weights)
@@ -468,7 +493,7 @@ def _publish(
         context.output,
         kind="encoder",
         fingerprint=context.fingerprint,
-        config=configuration.to_mapping(trainer.config),
+        config=configuration.to_mapping(config),
         inputs=context.inputs,
     )
 

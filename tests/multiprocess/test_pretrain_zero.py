@@ -1,5 +1,7 @@
 """Every ZeRO stage on two ranks follows plain AdamW; stopped runs go on as if never stopped."""
 
+import contextlib
+import io
 import math
 import os
 from pathlib import Path
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from alignrec import artifacts, configuration
-from alignrec.distributed.process_group import barrier, process_group
+from alignrec.data.loader import Loader
+from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.errors import StageFailure
 from alignrec.pretrain import training
 from alignrec.pretrain.config import PretrainConfig
@@ -24,7 +27,7 @@ from alignrec.pretrain.word_vectors import read_text_head, read_word_vectors, wr
 from alignrec.telemetry import read_history
 from alignrec.testing.datasets import write_dataset
 from alignrec.testing.pretraining import TINY_ENCODER, context_of, run_until
-from alignrec.testing.processes import run_ranks
+from alignrec.testing.processes import free_port, run_ranks
 
 pytestmark = pytest.mark.multiprocess
 
@@ -76,15 +79,16 @@ def folder(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     run_ranks(on_one_rank, 1, dataset, folder)
     run_ranks(on_two_ranks, 2, dataset, folder, timeout_seconds=300)
+    run_ranks(on_four_ranks_and_three, 4, dataset, folder, free_port(), timeout_seconds=300)
     run_ranks(on_one_rank_again, 1, dataset, folder)
     return folder
 
 
 def on_one_rank(dataset: Path, folder: Path) -> None:
-    """Write "plain": ZeRO-0, whole batches; and stop "one_to_two" in the middle."""
+    """Write "plain": ZeRO-0, whole batches; and do the first step of "chain"."""
     with process_group() as _, deepspeed_group():
         pretrain(dataset, folder / "plain", zero_stage=0, micro_batch_size=8)
-        pretrain_until(dataset, folder / "one_to_two", 3)
+        pretrain_until(dataset, folder / "chain", 1, checkpoint_steps=1)
 
 
 def on_two_ranks(dataset: Path, folder: Path) -> None:
@@ -92,14 +96,15 @@ def on_two_ranks(dataset: Path, folder: Path) -> None:
     with process_group(timeout_seconds=60) as rank, deepspeed_group():
         with pytest.raises(StageFailure, match=NOT_A_NUMBER):
             pretrain(dataset, folder / "nan", learning_rate=1e30, max_gradient_norm=0.0)
-        pretrain_until(dataset, folder / "two_to_one", 3)
-        pretrain(dataset, folder / "one_to_two")
-        pretrain(dataset, folder / "bf16", precision="bf16")
-        pretrain_until(dataset, folder / "bf16_resumed", 5, precision="bf16")
-        barrier(rank)
-        pretrain(dataset, folder / "bf16_resumed", precision="bf16")
+        pretrain_until(dataset, folder / "two_to_one", 3, micro_batch_size=None)
+        pretrain_until(dataset, folder / "chain", 2, checkpoint_steps=1)
+        for stage in (1, 2):
+            in_bf16(dataset, folder, stage, rank)
         for stage in (0, 1, 2, 3):
-            pretrain(dataset, folder / f"stage_{stage}", zero_stage=stage)
+            with pytest.MonkeyPatch.context() as patch:
+                if rank.index == 1:
+                    patch.setattr(Loader, "_next", waiting_long)
+                pretrain(dataset, folder / f"stage_{stage}", zero_stage=stage)
             pretrain_until(dataset, folder / f"resumed_{stage}", 3, zero_stage=stage)
             barrier(rank)
             pretrain(dataset, folder / f"resumed_{stage}", zero_stage=stage)
@@ -107,11 +112,42 @@ def on_two_ranks(dataset: Path, folder: Path) -> None:
             pretrain_until(dataset, folder / f"changed_{stage}", 3, zero_stage=(stage + 3) % 4)
             barrier(rank)
             pretrain(dataset, folder / f"changed_{stage}", zero_stage=stage)
+        in_bf16(dataset, folder, 3, rank)
+
+
+def in_bf16(dataset: Path, folder: Path, stage: int, rank: Rank) -> None:
+    """Write "bf16_<stage>" and what it printed, and "bf16_resumed_<stage>"."""
+    changes = {"zero_stage": stage, "precision": "bf16"}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        pretrain(dataset, folder / f"bf16_{stage}", **changes)
+    (folder / f"printed_{stage}_{rank.index}").write_text(printed.getvalue())
+    pretrain_until(dataset, folder / f"bf16_resumed_{stage}", 5, **changes)
+    barrier(rank)
+    pretrain(dataset, folder / f"bf16_resumed_{stage}", **changes)
+
+
+def waiting_long(self: Loader[Any], waiting: Any) -> Any:
+    """Return the next batch as if it had taken an hour."""
+    self.wait_seconds += 3600
+    return waiting.popleft().result()
+
+
+def on_four_ranks_and_three(dataset: Path, folder: Path, port: int) -> None:
+    """Do a step of "chain" on four ranks, and one on three, which do not divide the batch."""
+    with process_group(timeout_seconds=60), deepspeed_group():
+        pretrain_until(dataset, folder / "chain", 3, checkpoint_steps=1)
+    os.environ.update(WORLD_SIZE="3", MASTER_PORT=str(port))
+    if os.environ["RANK"] != "3":
+        with process_group(timeout_seconds=60), deepspeed_group():
+            pretrain_until(dataset, folder / "chain", 4, checkpoint_steps=1)
 
 
 def on_one_rank_again(dataset: Path, folder: Path) -> None:
     with process_group() as _, deepspeed_group():
-        pretrain(dataset, folder / "two_to_one")
+        pretrain(dataset, folder / "chain", checkpoint_steps=1)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            pretrain(dataset, folder / "two_to_one", micro_batch_size=None)
+    (folder / "printed_two_to_one").write_text(printed.getvalue())
 
 
 def assert_close_to_plain(folder: Path, name: str) -> None:
@@ -180,7 +216,7 @@ def test_each_zero_stage_on_two_ranks_follows_the_plain_run(folder: Path, stage:
         ("resumed_1", "stage_1"),
         ("resumed_2", "stage_2"),
         ("resumed_3", "stage_3"),
-        ("bf16_resumed", "bf16"),
+        *((f"bf16_resumed_{stage}", f"bf16_{stage}") for stage in (1, 2, 3)),
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, resumed: str, whole: str) -> None:
@@ -195,9 +231,30 @@ def test_a_run_goes_on_under_another_zero_stage(folder: Path, name: str) -> None
     assert_close_to_plain(folder, name)
 
 
-@pytest.mark.parametrize("name", ["one_to_two", "two_to_one"])
+@pytest.mark.parametrize("name", ["chain", "two_to_one"])
 def test_a_run_goes_on_with_another_number_of_ranks(folder: Path, name: str) -> None:
     assert_close_to_plain(folder, name)
+
+
+def test_fewer_ranks_hold_no_larger_micro_batches(folder: Path) -> None:
+    printed = (folder / "printed_two_to_one").read_text()
+    assert "8 = 4 x 2 x 1 ranks" in printed
+    assert "resumed after step 2" in printed
+    assert artifacts.read(folder / "two_to_one").config["micro_batch_size"] is None
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_is_printed_but_by_the_stage(folder: Path, stage: int) -> None:
+    printed = (folder / f"printed_{stage}_0").read_text().splitlines()
+    assert printed
+    assert all(line.startswith("[pretrain] ") for line in printed)
+    assert not (folder / f"printed_{stage}_1").read_text()
+
+
+def test_waiting_for_data_is_that_of_the_slowest_rank(folder: Path) -> None:
+    rows = read_history(folder / "stage_0")
+    assert min(row["data_wait_share"] for row in rows) > 1  # on_two_ranks has told an hour a batch
+    assert max(row["data_wait_share"] for row in read_history(folder / "plain")) <= 1
 
 
 def test_a_loss_that_is_no_number_leaves_no_artifact(folder: Path) -> None:

@@ -14,7 +14,7 @@ from alignrec.data.loader import NO_ITEM, ItemBatch
 from alignrec.errors import UserError
 from alignrec.pretrain import STAGE
 from alignrec.pretrain.config import PretrainConfig, TokenizerConfig
-from alignrec.pretrain.data import equal_shares
+from alignrec.pretrain.data import Split, describe_batch, equal_shares, make_plan
 from alignrec.pretrain.deepspeed_config import deepspeed_settings
 from alignrec.pretrain.encoder import (
     Encoder,
@@ -32,6 +32,7 @@ from alignrec.testing.datasets import write_dataset
 from alignrec.testing.pretraining import TINY_ENCODER, TINY_MASKS
 
 TINY = {"encoder": TINY_ENCODER}
+NOTHING = {"patch_ratio": 0, "paired_text_ratio": 0, "alone_text_ratio": 0, "summary_weight": 0}
 
 
 def make_config(**section: object) -> PretrainConfig:
@@ -333,7 +334,7 @@ def test_rate_rises_then_falls_to_its_floor() -> None:
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
-def test_deepspeed_settings_multiply_up_and_say_so_when_they_do_not() -> None:
+def test_deepspeed_settings_multiply_up() -> None:
     config = make_config(global_batch_size=48, micro_batch_size=8, zero_stage=1)
     settings = deepspeed_settings(config, num_ranks=2)
     assert settings["train_batch_size"] == 48
@@ -341,12 +342,55 @@ def test_deepspeed_settings_multiply_up_and_say_so_when_they_do_not() -> None:
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["zero_optimization"]["stage"] == 1
     assert "auto" not in str(settings)
-    with pytest.raises(
-        UserError, match=r"=48 is not micro_batch_size=8 x accumulation=1 x ranks=4"
-    ):
-        deepspeed_settings(config, num_ranks=4)
+    assert deepspeed_settings(config, num_ranks=5)["train_batch_size"] == 50  # 5 x 2 x 5
     with pytest.raises(UserError, match="zero_stage=0"):
         deepspeed_settings(make_config(precision="bf16", zero_stage=0), num_ranks=1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 48, 64])
+@pytest.mark.parametrize("most", [None, 1, 3, 7])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_any_number_of_ranks_reads_the_same_global_batches(
+    size: int, most: int | None, num_ranks: int
+) -> None:
+    config = make_config(global_batch_size=size, micro_batch_size=most)
+    if size < max(most or 1, num_ranks):
+        with pytest.raises(UserError, match=rf"global_batch_size={size} is less than "):
+            config.split_batch(num_ranks)
+        return
+    split = Split(np.arange(2 * size + size // 2), np.arange(0))
+    plan = make_plan(split, config, num_ranks=num_ranks)
+    assert plan.micro_batch_size <= (most or size)
+    for step in range(plan.steps_per_epoch):
+        shares = [plan.micro_batches(step, rank) for rank in range(num_ranks)]
+        assert {len(share) for share in shares} == {plan.accumulation}
+        rows = [m.rows for micro in zip(*shares, strict=True) for m in micro]
+        assert np.array_equal(np.concatenate(rows), plan.global_batch(step).rows)
+        assert max(map(len, rows)) <= plan.micro_batch_size
+    fits = plan.micro_batch_size * plan.accumulation * num_ranks == size
+    assert (" in at most " in describe_batch(plan)) == (not fits)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"encoder": {"image_size": 16, "patch_size": 16}}, r"patch_ratio=0.4 of the 1 patches"),
+        ({"objective": NOTHING}, r"the loss would be 0"),
+        ({"objective": {**NOTHING, "patch_ratio": 0.4, "image_weight": 0}}, r"the loss would be 0"),
+    ],
+)
+def test_objectives_that_predict_nothing_are_refused(
+    section: dict[str, dict[str, float]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_config(**section)
+
+
+def test_objectives_that_predict_one_thing_are_taken() -> None:
+    for kept in ({"summary_weight": 1}, {"alone_text_ratio": 0.15}, {"patch_ratio": 0.4}):
+        make_config(objective={**NOTHING, **kept})
+    single = {"image_size": 16, "patch_size": 16}
+    make_config(encoder=single, objective={"patch_ratio": 0})
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:

@@ -8,9 +8,14 @@ import pytest
 
 from alignrec import configuration
 from alignrec.pretrain import planning
-from alignrec.pretrain.config import PretrainConfig
+from alignrec.pretrain.config import PretrainConfig, TokenizerConfig
+from alignrec.pretrain.encoder import save_encoder
 from alignrec.pretrain.memory import Memory, memory_per_rank
+from alignrec.pretrain.objective import build_model
+from alignrec.pretrain.tokenizer import load_words, write_tokenizer
 from alignrec.testing.datasets import write_dataset
+from alignrec.testing.pretraining import TINY_ENCODER
+from alignrec.testing.towers import write_bert, write_vit
 
 SETTINGS = [
     "pretrain.encoder.num_layers=1",
@@ -61,7 +66,7 @@ def test_the_plan_counts_what_a_run_would_do(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("pretrain.global_batch_size=13", "is not micro_batch_size=3"),
+        ("pretrain.num_ranks=13", "global_batch_size=12 is less than 13 ranks"),
         ("pretrain.offload=parameters", "has no effect under pretrain.zero_stage=2"),
         ("pretrain.layer_dekay=0.5", "Did you mean layer_decay"),
         ("pretrain.tokenizer.path=absent.json", "absent.json is no tokenizer.json"),
@@ -73,6 +78,61 @@ def test_mistakes_are_told_before_anything_starts(
     settings = ["pretrain.tokenizer.vocabulary_size=4096"] if "path" in setting else []
     assert planning.main(command(dataset, *settings, setting)) == 2
     assert message in capsys.readouterr().err
+
+
+def given_weights(dataset: Path, folder: Path, *, num_layers: int) -> list[str]:
+    """Write a tokenizer and an encoder's weights; returns the settings that name them."""
+    (folder / "encoder").mkdir()
+    write_tokenizer(dataset, TokenizerConfig(vocabulary_size=300), folder / "tokenizer.json")
+    words = load_words(folder / "tokenizer.json", max_length=128)
+    section = {"encoder": {**TINY_ENCODER, "hidden": 16, "num_layers": num_layers}}
+    config = configuration.build(PretrainConfig, section, section="pretrain")
+    architecture = config.encoder.architecture(words.vocabulary_size + 2)
+    encoder = build_model(architecture, config.objective, seed=0).encoder
+    save_encoder(architecture, folder / "encoder", dict(encoder.state_dict()))
+    return [
+        "pretrain.tokenizer.vocabulary_size=4096",
+        f"pretrain.tokenizer.path={folder / 'tokenizer.json'}",
+        f"pretrain.initial.checkpoint={folder / 'encoder'}",
+    ]
+
+
+def test_weights_that_do_not_fit_are_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = given_weights(dataset, tmp_path, num_layers=2)
+    assert planning.main(command(dataset, *settings)) == 2
+    assert "do not fit pretrain.encoder" in capsys.readouterr().err
+    assert planning.main(command(dataset, *settings, "pretrain.encoder.num_layers=2")) == 0
+
+
+def test_towers_without_weights_are_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    towers = {"vision": write_vit(tmp_path / "vit"), "text": write_bert(tmp_path / "bert")}
+    settings = ["pretrain.tokenizer.vocabulary_size=4096", "pretrain.encoder.kind=towers"]
+    settings += [f"pretrain.encoder.{name}={folder}" for name, folder in towers.items()]
+    assert planning.main(command(dataset, *settings)) == 0
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    assert planning.main(command(dataset, *settings)) == 2
+    assert "no weights that can be read as safetensors" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_too_small_is_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = "pretrain.loader.shards."
+    settings = [f"{shards}root=memory://shop", f"{shards}cache_folder={tmp_path / 'cache'}"]
+    assert planning.main(command(dataset, *settings, f"{shards}cache_bytes=1000")) == 2
+    assert "cache_bytes=1000 holds less than" in capsys.readouterr().err
+    assert planning.main(command(dataset, *settings)) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_uneven_batches_are_shown(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["pretrain.num_ranks=5", "pretrain.micro_batch_size=2"]
+    assert planning.main(command(dataset, *settings, json_output=False)) == 0
+    assert "of 12 in at most 2 x 2 x 5 ranks = 20" in capsys.readouterr().out
 
 
 def base(**changes: Any) -> Memory:

@@ -20,6 +20,7 @@ from alignrec.pretrain.architecture import TowersArchitecture
 from alignrec.pretrain.bridges import Moments, fit
 from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.encoder import load_encoder, pool, save_encoder
+from alignrec.pretrain.given_tokenizer import read_given
 from alignrec.pretrain.multiway import Streams
 from alignrec.pretrain.tower_models import FoldedNorm, make_model, read_weights, vision_tower
 from alignrec.pretrain.towers import Towers, resample
@@ -405,6 +406,9 @@ def test_a_name_of_the_hub_is_one_commit(
 
 def test_the_text_tower_brings_its_tokenizer(folder: Path) -> None:
     assert make_config(folder).tokenizer.path == str(folder / "bert")
+    absent = make_config(folder, text=str(folder / "absent")).tokenizer.path
+    with pytest.raises(UserError, match=r"absent is no file, .*Correct .*pretrain\.encoder\.text"):
+        read_given(absent)
 
 
 @pytest.mark.parametrize(
