@@ -11,5 +11,6 @@ STAGE = Stage(
     optional_inputs=(),
     # 2: pictures are resized by torch; 3: text head from counts, linear summary; 4: a codebook
     # holds the counts of its codes; 5: held-out texts are in no count, fewer factors of counts
-    version=5,
+    # 6: layer_decay takes bridges of towers to lie below all layers
+    version=6,
 )

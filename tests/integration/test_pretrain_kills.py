@@ -1,4 +1,7 @@
-"""SIGKILL of a rank of the pretrain stage at ten random moments: the weights are a quiet run's."""
+"""SIGKILL of a rank of the pretrain stage at ten random moments: the weights are a quiet run's.
+
+And once while held-out items are judged, and once while the artifact is published.
+"""
 
 import contextlib
 import os
@@ -36,6 +39,30 @@ LONGEST_SECONDS = 600
 POLL_SECONDS = 0.002
 # Where a kill falls: while the ranks start, among the steps, or while a checkpoint is written.
 MOMENTS = ("start", "steps", "checkpoint")
+# Runs the stage by the arguments after the first; rank 1 dies in the middle of judging held-out
+# items, or rank 0 with the encoder written and no manifest.
+DIES = """
+import os, signal, sys
+import torch
+from alignrec import artifacts
+from alignrec.pretrain import STAGE, training
+from alignrec.stage import main
+forward, checksums = training.Engine.forward, artifacts.checksums
+def die_if(wanted):
+    if wanted:
+        os.kill(os.getpid(), signal.SIGKILL)
+def dying_forward(engine, batch):
+    die_if(not torch.is_grad_enabled() and os.environ["RANK"] == "1")
+    return forward(engine, batch)
+def dying_checksums(folder, **named):
+    die_if((folder / "encoder.safetensors").exists())
+    return checksums(folder, **named)
+if sys.argv[1] == "judging":
+    training.Engine.forward = dying_forward
+else:
+    artifacts.checksums = dying_checksums
+sys.exit(main(STAGE, sys.argv[2:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +71,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(folder, num_items=48, image_size=16, without_image=(4, 7))
 
 
-def command(dataset: Path, output: Path) -> list[str]:
+def command(dataset: Path, output: Path, *program: str) -> list[str]:
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     folders = ["--dataset", str(dataset), "--output", str(output)]
     sets = [part for k, v in SETTINGS.items() for part in ("--set", f"pretrain.{k}={v}")]
-    return [sys.executable, *ranks, "-m", "alignrec.pretrain", *folders, *sets]
+    return [sys.executable, *ranks, *(program or ("-m", "alignrec.pretrain")), *folders, *sets]
 
 
 def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -104,7 +131,7 @@ def kill_a_rank(process: subprocess.Popen[bytes], rng: random.Random) -> int:
     return process.wait(LONGEST_SECONDS)
 
 
-def test_ten_kills_change_no_bit_of_the_weights(dataset: Path, tmp_path: Path) -> None:
+def test_twelve_kills_change_no_bit_of_the_weights(dataset: Path, tmp_path: Path) -> None:
     rng = random.Random(SEED)
     log, quiet, killed = (tmp_path / name for name in ("log", "quiet", "killed"))
     assert start(command(dataset, quiet), log).wait(LONGEST_SECONDS) == 0, log.read_text()
@@ -119,9 +146,16 @@ def test_ten_kills_change_no_bit_of_the_weights(dataset: Path, tmp_path: Path) -
         torn += any(folder.glob("*.partial"))
         found.append(told)
     print(f"seed {SEED}, {torn} in the middle of a checkpoint:", *found, sep="\n  ")
-    if not killed.exists():
-        assert start(command(dataset, killed), log).wait(LONGEST_SECONDS) == 0, log.read_text()
     assert len(found) == NUM_KILLS, "the run ended before it was killed: make it longer"
+    (tmp_path / "dies.py").write_text(DIES)
+    for moment in ("judging", "publishing"):
+        dying = command(dataset, killed, str(tmp_path / "dies.py"), moment)
+        assert start(dying, log).wait(LONGEST_SECONDS) != 0
+        assert len(read_history(killed.with_name("killed.logs"))) == SETTINGS["max_steps"]
+        written = (artifacts.partial_path(killed) / "encoder.safetensors").exists()
+        assert written == (moment == "publishing")
+        assert not killed.exists()
+    assert start(command(dataset, killed), log).wait(LONGEST_SECONDS) == 0, log.read_text()
     for name in ("encoder.safetensors", "encoder.json", "tokenizer.json"):
         assert (quiet / name).read_bytes() == (killed / name).read_bytes(), name
     losses = [[row["loss"] for row in read_history(folder)] for folder in (quiet, killed)]
