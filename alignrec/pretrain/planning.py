@@ -183,15 +183,14 @@ def describe(found: RunPlan, config: PretrainConfig) -> str:
         f"{found.text_tokens_per_epoch:,} tokens of text and {found.patches_per_epoch:,} patches",
         f"{found.num_steps:,} steps ({found.steps_per_epoch:,} an epoch) of {found.batch}",
         f"memory of a rank in MiB, {config.precision} (Python and torch take about 400 more)",
-        "ZeRO  parameters   master  moments  gradients   bucket  activations     peak  of it host",
+        "ZeRO  parameters   master  moments  gradients  activations     peak  of it host",
     ]
     for number, memory in found.memory.items():
         cells = (
             (memory.parameters + memory.targets, 10),
             (memory.master, 8),
             (memory.moments, 8),
-            (memory.gradients, 10),
-            (memory.bucket, 8),
+            (memory.gradients + memory.offload, 10),
             (memory.activations, 12),
             (memory.peak, 8),
             (memory.host, 11),
