@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from alignrec import artifacts
 from alignrec.distributed.peers import lost_peers_reported
 from alignrec.distributed.process_group import Rank, all_reduce_sum, barrier
+from alignrec.distributed.watchdog import Beat, unwatched
 
 _PREFIX, _DIGITS = "step_", 12
 _PARTIAL = ".partial"
@@ -67,6 +68,7 @@ def save(
     state: Mapping[str, Any],
     rank: Rank,
     keep: int = 2,
+    beat: Beat = unwatched,
 ) -> None:
     """Save this rank's share of a checkpoint; every rank calls it with the same step.
 
@@ -77,6 +79,7 @@ def save(
         state: this rank's JSON state (positions, metrics so far, ...).
         rank: this rank.
         keep: number of newest checkpoints that stay.
+        beat: called by every rank before it waits for the others.
     """
     final = _path(folder, step)
     partial = final.with_name(final.name + _PARTIAL)
@@ -84,8 +87,10 @@ def save(
         for left in folder.glob(f"{_PREFIX}*{_PARTIAL}"):  # of a killed run
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
+    beat()
     barrier(rank)
     _write(_stem(partial, rank.index), tensors, state)
+    beat()
     barrier(rank)
     if rank.is_first:
         content = {
@@ -97,6 +102,7 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _prune(folder, final, keep)
+    beat()
     barrier(rank)
 
 

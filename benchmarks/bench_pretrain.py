@@ -38,7 +38,7 @@ from alignrec.distributed.host_memory import freed_memory_kept
 from alignrec.distributed.process_group import Rank, barrier, process_group
 from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import SIZES, PretrainConfig
-from alignrec.pretrain.data import open_training_data
+from alignrec.pretrain.data import make_loader, open_training_data
 from alignrec.pretrain.encoder import patchify, write_architecture
 from alignrec.pretrain.engine import deepspeed_group
 from alignrec.pretrain.objective import MaskedBatch, MaskedModel, build_model, loss_weights
@@ -134,15 +134,10 @@ def open_trainer(
 
 def ready_batches(trainer: Trainer) -> list[list[MaskedBatch]]:
     """Return the micro batches of the catalogue's first steps: loading is not measured here."""
-    count = min(4, trainer.data.plan.steps_per_epoch)
     plan, rank = trainer.data.plan, trainer.rank
-    return [
-        [
-            trainer.data.training_batch(part).to(rank.device)
-            for part in plan.micro_batches(step, rank.index)
-        ]
-        for step in range(count)
-    ]
+    loader = make_loader(trainer.data, trainer.config, device=rank.device)
+    steps = [plan.micro_batches(step, rank.index) for step in range(min(4, plan.steps_per_epoch))]
+    return [list(loader.batches(parts)) for parts in steps]
 
 
 def timed(step: Callable[[int], float], numbers: range, *, samples: int, device: str) -> Speed:

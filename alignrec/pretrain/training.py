@@ -323,6 +323,7 @@ class Trainer:
             state={},
             rank=self.rank,
             keep=self.config.keep_checkpoints,
+            beat=self.beat,
         )
 
     def _refuse_spoilt(self, own: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignrec import configuration
+from alignrec import checkpoint, configuration
 from alignrec.distributed import watchdog
 from alignrec.distributed.process_group import process_group
 from alignrec.pretrain import training
@@ -42,6 +42,7 @@ FUNCTIONS: dict[str, tuple[Any, str, int]] = {
     "forward": (Layer, "forward", 1),
     "optimizer": (torch.optim.AdamW, "step", 3),
     "save": (training.Trainer, "_refuse_spoilt", 4),
+    "files": (checkpoint, "_write", 4),
     "judge": (TrainingData, "held_out_batch", 4),
     "reconstructions": (training, "write_reconstructions", 4),
 }
