@@ -294,8 +294,8 @@ def test_mistakes_are_one_line_with_exit_code_2(
     folders = ["--dataset", str(dataset), "--output", str(tmp_path / "encoder")]
     assert main(PRETRAIN, [*folders, "--set", "pretrain.global_batch_size=0"]) == 2
     assert "at least 1" in capsys.readouterr().err
-    assert main(PRETRAIN, [*folders, "--set", "pretrain.micro_batch_size=48"]) == 2
-    assert "global_batch_size=4 is less than micro_batch_size=48" in capsys.readouterr().err
+    assert main(PRETRAIN, [*folders, "--set", "pretrain.micro_batch_size=65"]) == 2
+    assert "global_batch_size=64 is less than micro_batch_size=65" in capsys.readouterr().err
     assert main(PRETRAIN, [*folders, "--set", "pretrain.tokenizer.path=absent.json"]) == 2
     assert "pretrain.tokenizer.path" in capsys.readouterr().err
     assert main(FEATURES, folders) == 2

@@ -27,7 +27,7 @@ from alignrec.testing.processes import run_ranks
 
 pytestmark = pytest.mark.multiprocess
 
-VOCABULARY, LENGTH, NUM_RANKS, NUM_STEPS = 1024, 16, 2, 4
+VOCABULARY, LENGTH, NUM_RANKS, NUM_STEPS = 1024, 16, 2, 3
 STEP = "one whole step"
 ENCODER = {
     "num_layers": 4,
@@ -89,6 +89,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 
 
 def measure(folder: Path) -> dict[str, dict[str, Any]]:
+    import deepspeed  # noqa: F401 - before what is there is left out of each gc.collect
+
+    gc.freeze()
     result: dict[str, dict[str, Any]] = {}
     with process_group() as rank, deepspeed_group():
         for name in CASES:
