@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 
 from alignrec import artifacts, configuration, stage
-from alignrec.data.shard_file import LocalShards, shard_files
-from alignrec.data.shards import SampleTable, ShardReader
+from alignrec.data.config import ShardsConfig
+from alignrec.data.shards import SampleTable, open_shards
 from alignrec.pretrain import STAGE
 from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import EncoderConfig, PretrainConfig
@@ -108,8 +108,8 @@ def plan(config: PretrainConfig, dataset: Path) -> RunPlan:
     table = SampleTable.read(dataset)
     split = split_rows(table, config)
     batches = make_plan(split, config, num_ranks=config.num_ranks)
-    shards = shard_files(dataset, table.shard_names)
-    check_room(batches, ShardReader(table, shards, LocalShards(dataset)), config.loader)
+    # as if they were near: nothing is opened, and no cache made
+    check_room(batches, open_shards(dataset, table, ShardsConfig()), config.loader)
     texts = list(itertools.islice(filter(None, read_texts(dataset)), _MAX_TEXTS))
     words = _words(config, texts)
     architecture = config.encoder.architecture(words.vocabulary_size)

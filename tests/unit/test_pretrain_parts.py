@@ -358,7 +358,7 @@ def test_any_number_of_ranks_reads_the_same_global_batches(
         with pytest.raises(UserError, match=rf"global_batch_size={size} is less than "):
             config.split_batch(num_ranks)
         return
-    split = Split(np.arange(2 * size + size // 2), np.arange(0))
+    split = Split(np.arange(2 * size + size // 2), np.arange(0), np.arange(0))
     plan = make_plan(split, config, num_ranks=num_ranks)
     assert plan.micro_batch_size <= (most or size)
     for step in range(plan.steps_per_epoch):

@@ -8,7 +8,7 @@ import pytest
 
 from alignrec import configuration
 from alignrec.pretrain import planning
-from alignrec.pretrain.config import PretrainConfig, TokenizerConfig
+from alignrec.pretrain.config import PretrainConfig
 from alignrec.pretrain.encoder import save_encoder
 from alignrec.pretrain.memory import Memory, memory_per_rank
 from alignrec.pretrain.objective import build_model
@@ -83,10 +83,13 @@ def test_mistakes_are_told_before_anything_starts(
 def given_weights(dataset: Path, folder: Path, *, num_layers: int) -> list[str]:
     """Write a tokenizer and an encoder's weights; returns the settings that name them."""
     (folder / "encoder").mkdir()
-    write_tokenizer(dataset, TokenizerConfig(vocabulary_size=300), folder / "tokenizer.json")
-    words = load_words(folder / "tokenizer.json", max_length=128)
-    section = {"encoder": {**TINY_ENCODER, "hidden": 16, "num_layers": num_layers}}
+    section = {
+        "encoder": {**TINY_ENCODER, "hidden": 16, "num_layers": num_layers},
+        "tokenizer": {"vocabulary_size": 300},
+    }
     config = configuration.build(PretrainConfig, section, section="pretrain")
+    write_tokenizer(dataset, config, folder / "tokenizer.json")
+    words = load_words(folder / "tokenizer.json", max_length=128)
     architecture = config.encoder.architecture(words.vocabulary_size + 2)
     encoder = build_model(architecture, config.objective, seed=0).encoder
     save_encoder(architecture, folder / "encoder", dict(encoder.state_dict()))
