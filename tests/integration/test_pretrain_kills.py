@@ -147,15 +147,15 @@ def test_twelve_kills_change_no_bit_of_the_weights(dataset: Path, tmp_path: Path
         found.append(told)
     print(f"seed {SEED}, {torn} in the middle of a checkpoint:", *found, sep="\n  ")
     assert len(found) == NUM_KILLS, "the run ended before it was killed: make it longer"
-    (tmp_path / "dies.py").write_text(DIES)
     for moment in ("judging", "publishing"):
-        dying = command(dataset, killed, str(tmp_path / "dies.py"), moment)
+        dying = command(dataset, killed, "--no-python", sys.executable, "-c", DIES, moment)
         assert start(dying, log).wait(LONGEST_SECONDS) != 0
         assert len(read_history(killed.with_name("killed.logs"))) == SETTINGS["max_steps"]
         written = (artifacts.partial_path(killed) / "encoder.safetensors").exists()
         assert written == (moment == "publishing")
         assert not killed.exists()
     assert start(command(dataset, killed), log).wait(LONGEST_SECONDS) == 0, log.read_text()
+    assert log.read_text().count("resumed after step 200") == 2
     for name in ("encoder.safetensors", "encoder.json", "tokenizer.json"):
         assert (quiet / name).read_bytes() == (killed / name).read_bytes(), name
     losses = [[row["loss"] for row in read_history(folder)] for folder in (quiet, killed)]
