@@ -148,19 +148,25 @@ def _take(joint: Tensor, places: Tensor, num_vision: int) -> tuple[Tensor, Tenso
 
 
 def pack(
-    states: Float[Tensor, "batch length width"], present: Bool[Tensor, "batch length"]
+    states: Float[Tensor, "batch length width"], places: Int64[Tensor, " positions"]
 ) -> Float[Tensor, "positions width"]:
-    """Return the states of positions that are there (True), item by item."""
-    return states.flatten(0, 1).index_select(0, present.flatten().nonzero().squeeze(1))
+    """Return the states at some places of the flattened batch."""
+    return states.flatten(0, 1).index_select(0, places)
 
 
 def unpack(
-    packed: Float[Tensor, "positions width"], present: Bool[Tensor, "batch length"]
+    packed: Float[Tensor, "positions width"],
+    places: Int64[Tensor, " positions"],
+    shape: torch.Size,
 ) -> Float[Tensor, "batch length width"]:
-    """Undo ``pack``, zero where nothing is."""
-    states = packed.new_zeros(present.numel(), packed.shape[-1])
-    places = present.flatten().nonzero().squeeze(1)
-    return states.index_copy_(0, places, packed).view(*present.shape, packed.shape[-1])
+    """Undo ``pack``, zero at other places of a batch of shape (batch, length)."""
+    states = packed.new_zeros(shape.numel(), packed.shape[-1])
+    return states.index_copy_(0, places, packed).view(*shape, packed.shape[-1])
+
+
+def true_places(mask: Bool[Tensor, "*shape"]) -> Int64[Tensor, " places"]:
+    """Return where a flattened mask is True; waits for a GPU, which must tell how many they are."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 class Multiway(nn.Module):
@@ -303,21 +309,21 @@ class MultiwayEncoder(nn.Module):
             wanted: masks (True) of the positions whose results are asked for, which spares the
                 others most of the last layer; they are zero. Without it all are.
         """
+        present = Streams(~vision_padding, ~text_padding)
+        layout = Layout.of(*present)
+        places = _of_both(true_places, present)
+        rows, kept = None, places
+        if wanted is not None:
+            rows = _of_both(lambda mask, place: true_places(mask.flatten()[place]), wanted, places)
+            kept = _of_both(lambda place, row: place[row], places, rows)
         streams = _add(streams, self.embed_positions(streams))
-        vision, text = ~vision_padding, ~text_padding
-        layout = Layout.of(vision, text)
-        streams = Streams(pack(streams.vision, vision), pack(streams.text, text))
+        streams = _of_both(pack, streams, places)
         for layer in self.layers[:-1]:
             streams = self._layer(layer, streams, layout, None)
-        rows = None
-        if wanted is not None:
-            rows = Streams(
-                *(w[p].nonzero().squeeze(1) for w, p in zip(wanted, (vision, text), strict=True))
-            )
-            vision, text = vision & wanted.vision, text & wanted.text
         streams = self._layer(self.layers[-1], streams, layout, rows)
         streams = self.layer_norm(streams)
-        return Streams(unpack(streams.vision, vision), unpack(streams.text, text))
+        shapes = vision_padding.shape, text_padding.shape
+        return _of_both(unpack, streams, kept, shapes)
 
     def _layer(
         self, layer: nn.Module, streams: Streams, layout: Layout, rows: Streams | None
@@ -348,5 +354,10 @@ class MultiwayEncoder(nn.Module):
                     parameter.mul_(scale)
 
 
+def _of_both(change: Callable[..., Tensor], *pairs: tuple[Any, Any]) -> Streams:
+    """Apply a function to the vision parts of some pairs, and to the text parts."""
+    return Streams(*(change(*parts) for parts in zip(*pairs, strict=True)))
+
+
 def _add(a: Streams, b: Streams) -> Streams:
-    return Streams(a.vision + b.vision, a.text + b.text)
+    return _of_both(torch.add, a, b)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignrec.pretrain.multiway import Layout, MultiwayEncoder, Streams, pack, unpack
+from alignrec.pretrain.multiway import (
+    Layout,
+    MultiwayEncoder,
+    Streams,
+    pack,
+    true_places,
+    unpack,
+)
 
 BATCH, VISION, TEXT, WIDTH = 3, 5, 4, 8
 TOLERANCE = {"rtol": 0.0, "atol": 1e-6}
@@ -44,9 +51,11 @@ def make_padding() -> tuple[Tensor, Tensor]:
 
 def test_packing_and_joining_are_undone() -> None:
     streams, (vision, text) = make_streams(), make_padding()
-    packed = Streams(pack(streams.vision, ~vision), pack(streams.text, ~text))
+    places = true_places(~vision)
+    packed = Streams(pack(streams.vision, places), pack(streams.text, true_places(~text)))
     assert torch.equal(
-        unpack(packed.vision, ~vision), streams.vision.masked_fill(vision[..., None], 0.0)
+        unpack(packed.vision, places, vision.shape),
+        streams.vision.masked_fill(vision[..., None], 0.0),
     )
     layout = Layout.of(~vision, ~text)
     joint = layout.join(packed)
