@@ -9,7 +9,9 @@ The catalogue is synthetic: pictures of ``--image-size``, texts of made-up words
 spread as those of film plots do. Batches are what the loader makes of it: padded to the batch's
 longest text. ``reference`` is torchscale's BEiT-3 with the same heads, at masked positions alone,
 and the same weights in the loop that everybody writes (zero_grad, forward, backward, clip, AdamW),
-in fp32 (``--autocast-reference``: under torch.autocast to bf16) and not compiled.
+in fp32 (``--autocast-reference``: under torch.autocast to bf16) and not compiled. Its texts are
+padded like ours, to the longest of the batch, or with ``--full-length-reference`` to
+``--max-text-tokens``, as BEiT-3's own data sets pad them.
 """
 
 import argparse
@@ -194,7 +196,12 @@ class PlainLoop:
         self.config, self.patch_size = config, architecture.patch_size
         self.encoder = reference_module(architecture)
         self.encoder.load_state_dict(model.encoder.state_dict())
-        self.mlm_head, self.mim_head = model.mlm_head, model.mim_head
+        self.mlm_head, self.mim_head = (
+            nn.Linear(head.in_features, head.out_features)
+            for head in (model.mlm_head, model.mim_head)
+        )
+        self.mlm_head.load_state_dict(model.mlm_head.state_dict())
+        self.mim_head.load_state_dict(model.mim_head.state_dict())
         self.model = nn.ModuleDict(
             {"encoder": self.encoder, "mlm_head": self.mlm_head, "mim_head": self.mim_head}
         )
@@ -238,6 +245,15 @@ class PlainLoop:
         return self.weights[0] * text_loss + self.weights[1] * image_loss
 
 
+def full_length(batch: MaskedBatch, length: int) -> MaskedBatch:
+    """Return a batch whose texts are padded to a length."""
+    missing = (0, length - batch.tokens.shape[1])
+    fill = {"targets": 0, "tokens": 0, "text_padding": True, "masked_text": False}
+    pad = nn.functional.pad
+    padded = {name: pad(getattr(batch, name), missing, value=v) for name, v in fill.items()}
+    return dataclasses.replace(batch, **padded)
+
+
 def measure_ours(folder: Path, options: argparse.Namespace) -> list[Speed]:
     """Measure the stage's step, a round whenever it is this side's turn."""
     torch.set_num_threads(options.threads)
@@ -267,6 +283,8 @@ def measure_reference(folder: Path, options: argparse.Namespace) -> list[Speed]:
     with contextlib.closing(opened) as data:
         count = min(4, data.plan.steps_per_epoch)
         batches = [data.training_batch(data.plan.global_batch(step)) for step in range(count)]
+    if options.full_length_reference:
+        batches = [full_length(batch, options.max_text_tokens) for batch in batches]
     pixels = [
         b.images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous() for b in batches
     ]
@@ -464,6 +482,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fused-reference", action="store_true", help="its AdamW is fused, too")
     parser.add_argument("--autocast-reference", action="store_true", help="it computes in bf16")
+    parser.add_argument(
+        "--full-length-reference",
+        action="store_true",
+        help="its texts are padded to --max-text-tokens, as BEiT-3's own data sets do",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of zero")
     parser.add_argument("--output", type=Path, help="default: results/pretrain_<what>...json")
     options = parser.parse_args()
@@ -477,8 +500,8 @@ def main() -> None:
         result = work(Path(folder), options)
     result["versions_compared"] = {n: metadata.version(n) for n in ("deepspeed", "torchscale")}
     how = [options.precision] * (options.precision != "fp32") + ["compiled"] * options.compile
-    if options.autocast_reference:
-        how.append("autocast")
+    how += ["autocast"] * options.autocast_reference
+    how += ["full_length"] * options.full_length_reference
     if options.what == "ranks" and options.stages[0]:
         how.append(f"zero{options.stages[0]}")
     name = "_".join(["pretrain", options.what, options.size, options.device, *how]) + ".json"

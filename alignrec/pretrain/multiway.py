@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from alignrec.pretrain.linear import Linear
+
 LAYER_NORM_EPS = 1e-5
 SMALL_STD = 0.02
 POSITION_OFFSET = 2  # fairseq's first position index
@@ -184,7 +186,7 @@ class Multiway(nn.Module):
 
 def multiway_linear(inputs: int, outputs: int) -> Multiway:
     """Return a linear layer for each modality."""
-    return Multiway(lambda: nn.Linear(inputs, outputs))
+    return Multiway(lambda: Linear(inputs, outputs))
 
 
 def multiway_norm(width: int) -> Multiway:
@@ -226,8 +228,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.ffn_layernorm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Float[Tensor, "positions width"]) -> Tensor:

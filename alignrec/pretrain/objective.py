@@ -25,6 +25,7 @@ from alignrec.data.loader import ItemBatch
 from alignrec.pretrain.architecture import Architecture
 from alignrec.pretrain.config import ObjectiveConfig
 from alignrec.pretrain.encoder import make_encoder
+from alignrec.pretrain.linear import Linear
 from alignrec.pretrain.masking import Masks
 from alignrec.pretrain.multiway import SMALL_STD, Streams
 from alignrec.pretrain.targets import PictureTarget, pixel_target
@@ -128,8 +129,8 @@ class Summary(nn.Module):
     def __init__(self, width: int, num_patches: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.text = nn.Linear(width, width)
-        self.vision = nn.Linear(width, width)
+        self.text = Linear(width, width)
+        self.vision = Linear(width, width)
         self.positions = nn.Embedding(num_patches, width)
 
     def forward(
@@ -165,8 +166,8 @@ class MaskedModel(nn.Module):
         width = architecture.width
         self.target = target or pixel_target(architecture, normalise=objective.normalise_patches)
         self.encoder = make_encoder(architecture)
-        self.mlm_head = nn.Linear(width, architecture.vocabulary_size)
-        self.mim_head = nn.Linear(width, self.target.head_size)
+        self.mlm_head = Linear(width, architecture.vocabulary_size)
+        self.mim_head = Linear(width, self.target.head_size)
         self.summary = (
             Summary(width, architecture.num_patches) if objective.summary_weight else None
         )
