@@ -53,7 +53,7 @@ class Layout(NamedTuple):
         """Lay out the positions that are there (True)."""
         joint = torch.cat([vision, text], dim=1)
         lengths = joint.sum(dim=1)
-        longest = int(lengths.max()) if len(lengths) else 0
+        longest = max(int(lengths.max()), 1) if len(lengths) else 0
         rows = torch.arange(len(joint), device=joint.device)[:, None] * longest
         places = rows + joint.cumsum(dim=1) - 1
         at_vision, at_text = places[:, : vision.shape[1]], places[:, vision.shape[1] :]
@@ -67,20 +67,26 @@ class Layout(NamedTuple):
         joint: Tensor = _Join.apply(*streams, self.places, batch * length)  # type: ignore[no-untyped-call]
         return joint.view(batch, length, -1)
 
-    def only(self, rows: Streams) -> "Layout":
-        """Return the layout of some of the packed positions.
-
-        Args:
-            rows: int64 indices of packed vision and of packed text positions.
-        """
-        text = self.places[self.num_vision :][rows.text]
-        places = torch.cat([self.places[: self.num_vision][rows.vision], text])
-        return Layout(places, len(rows.vision), self.keys)
-
     def split(self, joint: Float[Tensor, "batch length width"]) -> Streams:
-        """Undo ``join``, for the positions of this layout."""
+        """Undo ``join``."""
         taken = _Split.apply(joint.flatten(0, 1), self.places, self.num_vision)  # type: ignore[no-untyped-call]
         return Streams(*taken)
+
+
+class Wanted(NamedTuple):
+    """Packed positions whose results are asked for.
+
+    Attributes:
+        rows: int64 indices of packed vision and of packed text positions.
+        layout: of these positions among themselves.
+    """
+
+    rows: Streams
+    layout: Layout
+
+    def of(self, streams: Streams) -> Streams:
+        """Return the states of these positions."""
+        return _of_both(lambda states, rows: states.index_select(0, rows), streams, self.rows)
 
 
 class _Join(torch.autograd.Function):
@@ -206,14 +212,17 @@ class Attention(nn.Module):
         self.out_proj = multiway_linear(width, width)
         self.inner_attn_ln = multiway_norm(width)
 
-    def forward(self, streams: Streams, layout: Layout, rows: Streams | None = None) -> Streams:
-        """Attend to every position of the item, from all packed positions or from ``rows``."""
-        query, key, value = (
+    def forward(self, streams: Streams, layout: Layout, wanted: Wanted | None = None) -> Streams:
+        """Attend to every position of the item, from all packed positions or from some."""
+        asking, to = streams, layout
+        if wanted is not None:
+            asking, to = wanted.of(streams), wanted.layout
+        query = self._heads(to.join(self.q_proj(asking)))
+        key, value = (
             self._heads(layout.join(projection(streams)))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            for projection in (self.k_proj, self.v_proj)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.keys)
-        to = layout if rows is None else layout.only(rows)
         split = to.split(mixed.transpose(1, 2).flatten(2))
         result: Streams = self.out_proj(self.inner_attn_ln(split))
         return result
@@ -248,12 +257,10 @@ class Layer(nn.Module):
         self.ffn = Multiway(lambda: FeedForward(width, hidden))
         self.final_layer_norm = multiway_norm(width)
 
-    def forward(self, streams: Streams, layout: Layout, rows: Streams | None = None) -> Streams:
-        """Attend over the joint sequence, then transform each position, or only ``rows``."""
-        mixed = self.self_attn(self.self_attn_layer_norm(streams), layout, rows)
-        if rows is not None:
-            streams = Streams(streams.vision[rows.vision], streams.text[rows.text])
-        streams = _add(streams, mixed)
+    def forward(self, streams: Streams, layout: Layout, wanted: Wanted | None = None) -> Streams:
+        """Attend over the joint sequence, then transform each position, or only some."""
+        mixed = self.self_attn(self.self_attn_layer_norm(streams), layout, wanted)
+        streams = _add(streams if wanted is None else wanted.of(streams), mixed)
         return _add(streams, self.ffn(self.final_layer_norm(streams)))
 
 
@@ -314,28 +321,29 @@ class MultiwayEncoder(nn.Module):
         present = Streams(~vision_padding, ~text_padding)
         layout = Layout.of(*present)
         places = _of_both(true_places, present)
-        rows, kept = None, places
+        last, kept = None, places
         if wanted is not None:
             rows = _of_both(lambda mask, place: true_places(mask.flatten()[place]), wanted, places)
             kept = _of_both(lambda place, row: place[row], places, rows)
+            last = Wanted(rows, Layout.of(*_of_both(torch.logical_and, wanted, present)))
         streams = _add(streams, self.embed_positions(streams))
         streams = _of_both(pack, streams, places)
         for layer in self.layers[:-1]:
             streams = self._layer(layer, streams, layout, None)
-        streams = self._layer(self.layers[-1], streams, layout, rows)
+        streams = self._layer(self.layers[-1], streams, layout, last)
         streams = self.layer_norm(streams)
         shapes = vision_padding.shape, text_padding.shape
         return _of_both(unpack, streams, kept, shapes)
 
     def _layer(
-        self, layer: nn.Module, streams: Streams, layout: Layout, rows: Streams | None
+        self, layer: nn.Module, streams: Streams, layout: Layout, wanted: Wanted | None
     ) -> Streams:
         if not (self.recompute and torch.is_grad_enabled()):
-            result: Streams = layer(streams, layout, rows)
+            result: Streams = layer(streams, layout, wanted)
             return result
         # nothing in a layer is random, so no generator's state needs to be kept
         recomputed: Streams = checkpoint(
-            layer, streams, layout, rows, use_reentrant=False, preserve_rng_state=False
+            layer, streams, layout, wanted, use_reentrant=False, preserve_rng_state=False
         )
         return recomputed
 

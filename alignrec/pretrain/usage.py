@@ -1,10 +1,11 @@
 """What training gets out of a device: model FLOPs a second, share of its peak, memory (telemetry).
 
 FLOPs that the model needs, whatever a run computes beside them (recomputed layers do not count), of
-an item with v vision positions and t tokens, N layers of width d and inner size h:
+an item with v vision positions and t tokens, p of which the heads read, N layers of width d and
+inner size h:
 
-    layers   (v + t) (N (8 d^2 + 4 d h) - l)  +  4 N d (v + t)^2,  l = 2 d^2 + 4 d h being what the
-             last layer computes only for the positions that the heads read: l for each of those
+    layers   (v + t) (N (8 d^2 + 4 d h) - l)  +  p l,  l = 4 d^2 + 4 d h being what the last layer
+             computes only for what is read; attention 4 d (v + t) ((N - 1) (v + t) + p)
     picture  2 d x values of a patch, for each patch
     heads    2 d x vocabulary for each masked token, 2 d x outputs for each masked patch; with the
              summary one token and each masked patch more, and its own two layers
@@ -49,21 +50,25 @@ class FlopCounter:
 
     Attributes:
         position: of a position in all layers, but for attention.
-        pair: of a pair of positions that attend to each other.
+        pair: of a position that attends to another, in a layer.
+        full_layers: layers in which all positions attend; in the last one those that are read.
         patch: of a patch that is embedded.
         masked_token: of a token's place in the last layer and its prediction.
         masked_patch: of a patch's place in the last layer and all its predictions.
         item: of an item's summary and the CLS state that it is made from.
         num_patches: of a picture.
+        summaries: read of an item's CLS state, 0 or 1.
     """
 
     position: float
     pair: float
+    full_layers: int
     patch: float
     masked_token: float
     masked_patch: float
     item: float
     num_patches: int
+    summaries: int
 
     @classmethod
     def of(cls, model: MaskedModel) -> "FlopCounter | None":
@@ -75,28 +80,33 @@ class FlopCounter:
         token_head = 2.0 * width * shapes.vocabulary_size
         patch_head = 2.0 * width * model.mim_head.out_features
         summaries = 0 if model.summary is None else 1
-        last = 2.0 * width**2 + 4.0 * width * shapes.hidden
+        last = 4.0 * width**2 + 4.0 * width * shapes.hidden
         return cls(
-            position=layers * (6.0 * width**2 + last) - last,
-            pair=4.0 * layers * width,
+            position=layers * (4.0 * width**2 + last) - last,
+            pair=4.0 * width,
+            full_layers=layers - 1,
             patch=2.0 * width * shapes.patch_values,
             masked_token=last + token_head,
             masked_patch=last + (1 + summaries) * patch_head,
             item=summaries * (last + token_head + 4.0 * width**2),
             num_patches=shapes.num_patches,
+            summaries=summaries,
         )
 
     def step(self, batch: MaskedBatch) -> Float[Tensor, ""]:
         """Return the FLOPs of forward and backward of a micro batch, on its device."""
         pictures = batch.has_image.double() * self.num_patches
         positions = 1 + pictures + (~batch.text_padding).sum(dim=1)  # (batch,)
+        items = batch.item_index >= 0
+        tokens, patches = batch.masked_text.sum(dim=1), batch.masked_patches.sum(dim=1)
+        read = tokens + patches + self.summaries * items
         forward = (
             self.position * positions.sum()
-            + self.pair * positions.square().sum()
+            + self.pair * (positions * (self.full_layers * positions + read)).sum()
             + self.patch * pictures.sum()
-            + self.masked_token * batch.masked_text.sum()
-            + self.masked_patch * batch.masked_patches.sum()
-            + self.item * (batch.item_index >= 0).sum()
+            + self.masked_token * tokens.sum()
+            + self.masked_patch * patches.sum()
+            + self.item * items.sum()
         )
         return 3.0 * forward
 
