@@ -1,7 +1,7 @@
 """Recall and NDCG of the align stage on a public benchmark, over seeds, in both modes.
 
     python benchmarks/bench_quality.py
-    python benchmarks/bench_quality.py --seeds 1 --modes full
+    python benchmarks/bench_quality.py --seeds 0 --modes full
 
 Each run is the recipe ``mmrec`` up to the evaluation: settings were chosen on validation, the epoch
 is chosen on validation, test numbers are of that epoch. Runs stay in ``--work``, so a killed
@@ -64,8 +64,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sampled-seeds", type=int, help="fewer in mode sampled, which is slower")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--sampled-seeds", type=int, nargs="+", help="others in mode sampled, which is slower"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench_quality")
@@ -74,17 +76,17 @@ def main() -> None:
     seeds = {"full": options.seeds, "sampled": options.sampled_seeds or options.seeds}
     found: dict[str, Any] = {
         mode: summary(
-            [
-                run(mode, seed, options.work / f"{mode}_{seed}", options.set)
-                for seed in range(seeds[mode])
-            ]
+            [run(mode, seed, options.work / f"{mode}_{seed}", options.set) for seed in seeds[mode]]
         )
         for mode in options.modes
     }
-    if len(found) == len(MODES):
-        common = min(seeds.values())
+    common = set(seeds["full"]) & set(seeds["sampled"])
+    if len(found) == len(MODES) and common:
         full, sampled = (
-            summary(found[mode]["runs"][:common])["mean"]["test"]["recall@20"] for mode in MODES
+            summary([r for r in found[mode]["runs"] if r["seed"] in common])["mean"]["test"][
+                "recall@20"
+            ]
+            for mode in MODES
         )
         found["sampled_over_full_of_the_same_seeds"] = round(sampled / full, 4)
     write_result(options.output, vars(options), found)
