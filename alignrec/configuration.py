@@ -54,6 +54,17 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def watchdog_option() -> Any:  # noqa: ANN401
+    """Declare ``watchdog_seconds``, which every long stage has."""
+    return option(
+        240.0,
+        "a rank without progress for this long writes its stacks to its log and is named; best "
+        "less than timeout_seconds; null: never",
+        minimum=1,
+        affects_result=False,
+    )
+
+
 def build(cls: type[T], mapping: Mapping[str, Any] | None, *, section: str) -> T:
     """Build the configuration dataclass ``cls`` from one section of a recipe.
 

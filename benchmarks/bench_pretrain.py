@@ -43,6 +43,7 @@ from alignrec.pretrain.config import SIZES, PretrainConfig
 from alignrec.pretrain.data import make_loader, open_training_data
 from alignrec.pretrain.encoder import patchify, write_architecture
 from alignrec.pretrain.engine import deepspeed_group
+from alignrec.pretrain.multiway import true_places
 from alignrec.pretrain.objective import MaskedBatch, MaskedModel, build_model, loss_weights
 from alignrec.pretrain.optimizer import parameter_groups
 from alignrec.pretrain.schedule import learning_rate
@@ -251,7 +252,7 @@ def full_length(batch: MaskedBatch, length: int) -> MaskedBatch:
     fill = {"targets": 0, "tokens": 0, "text_padding": True, "masked_text": False}
     pad = nn.functional.pad
     padded = {name: pad(getattr(batch, name), missing, value=v) for name, v in fill.items()}
-    return dataclasses.replace(batch, **padded)
+    return dataclasses.replace(batch, **padded, text_places=true_places(padded["masked_text"]))
 
 
 def measure_ours(folder: Path, options: argparse.Namespace) -> list[Speed]:

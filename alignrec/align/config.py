@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignrec import artifacts
-from alignrec.configuration import option
+from alignrec.configuration import option, watchdog_option
 from alignrec.errors import UserError
 from alignrec.stage import earlier_manifest
 
@@ -152,13 +152,7 @@ class AlignConfig:
     timeout_seconds: float = option(
         300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False
     )
-    watchdog_seconds: float | None = option(
-        240.0,
-        "a rank without progress for this long writes its stacks to its log and is named; best "
-        "less than timeout_seconds; null: never",
-        minimum=1,
-        affects_result=False,
-    )
+    watchdog_seconds: float | None = watchdog_option()
 
     def __post_init__(self) -> None:
         if self.mode == "full":

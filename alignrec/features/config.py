@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignrec import configuration
-from alignrec.configuration import option
+from alignrec.configuration import option, watchdog_option
 from alignrec.data.config import ShardsConfig
 from alignrec.errors import UserError
 
@@ -87,13 +87,7 @@ class FeaturesConfig:
     timeout_seconds: float = option(
         300.0, "how long a rank waits for a silent peer", minimum=1, affects_result=False
     )
-    watchdog_seconds: float | None = option(
-        240.0,
-        "a rank without progress for this long writes its stacks to its log and is named; best "
-        "less than timeout_seconds; null: never",
-        minimum=1,
-        affects_result=False,
-    )
+    watchdog_seconds: float | None = watchdog_option()
 
     def source_identity(self) -> str:
         """Return a digest of the imported files' paths, sizes and times."""

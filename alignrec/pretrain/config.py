@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignrec import configuration
-from alignrec.configuration import option
+from alignrec.configuration import option, watchdog_option
 from alignrec.data.config import ShardsConfig
 from alignrec.errors import UserError
 from alignrec.pretrain.architecture import Architecture, TowersArchitecture
@@ -399,13 +399,7 @@ class PretrainConfig:
         minimum=1,
         affects_result=False,
     )
-    watchdog_seconds: float | None = option(
-        240.0,
-        "a rank without progress for this long writes its stacks to its log and is named; best "
-        "less than timeout_seconds; null: never",
-        minimum=1,
-        affects_result=False,
-    )
+    watchdog_seconds: float | None = watchdog_option()
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other, and take the text tower's tokenizer.

@@ -23,6 +23,7 @@ from alignrec.pretrain.objective import build_model
 from alignrec.pretrain.optimizer import parameter_groups
 from alignrec.pretrain.schedule import learning_rate
 from alignrec.pretrain.tokenizer import TOKENIZER, load_words
+from alignrec.pretrain.training import CHECKPOINTS
 from alignrec.pretrain.word_vectors import read_text_head, read_word_vectors, write_word_vectors
 from alignrec.telemetry import read_history
 from alignrec.testing.datasets import write_dataset
@@ -279,7 +280,7 @@ def lose_a_peer(dataset: Path, output: Path) -> str:
 def test_what_is_not_finite_stops_the_run_and_is_not_kept(dataset: Path, tmp_path: Path) -> None:
     run_ranks(overflow, 2, dataset, tmp_path)
     assert len(list(tmp_path.glob("*.partial"))) == 9
-    assert not list(tmp_path.glob("*.partial/work/checkpoints/*"))
+    assert not list(tmp_path.glob(f"*.partial/{artifacts.WORK}/{CHECKPOINTS}/*"))
 
 
 def overflow(dataset: Path, folder: Path) -> None:
